@@ -1,0 +1,172 @@
+"""What belongs to a model besides tensors: its JSON configurations and tokenizer files, judged before any weight."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from utils.errors import UserError, printable
+from utils.weights import require_file
+
+Config = Mapping[str, Any]
+
+COMPONENTS = ("unet", "text_encoder", "vae")
+CLASSES = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}
+TOKENIZER_FILES = (
+    "vocab.json",
+    "merges.txt",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.json",
+)
+MAX_JSON_BYTES = 1 << 20
+MAX_TOKENIZER_BYTES = 32 << 20
+# No Stable Diffusion comes near these; a configuration beyond them would only keep the machine busy building modules.
+MAX_WIDTH, MAX_LEVELS, MAX_LAYERS = 1 << 18, 8, 128
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFiles:
+    """The JSON configurations of a model's parts, as loaded, and its tokenizer's files by name."""
+
+    unet: Config
+    text_encoder: Config
+    vae: Config
+    scheduler: Config
+    tokenizer: Mapping[str, bytes]
+
+    def config(self, component: str) -> Config:
+        """The configuration of "unet", "text_encoder" or "vae"."""
+        assert component in COMPONENTS, component
+        found: Config = getattr(self, component)
+        return found
+
+    @property
+    def kind(self) -> str:
+        """ "sd2" when the UNet's attention is entered through linear layers, as in every SD 2.x; else "sd1"."""
+        return "sd2" if self.unet.get("use_linear_projection") else "sd1"
+
+    @property
+    def prediction_type(self) -> str:
+        """What the UNet answers with: "epsilon" or "v_prediction"."""
+        return str(self.scheduler.get("prediction_type", "epsilon"))
+
+    @property
+    def zero_terminal_snr(self) -> bool:
+        """Whether the model's noise schedule ends in pure noise (arXiv 2305.08891)."""
+        return bool(self.scheduler.get("rescale_betas_zero_snr", False))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in the JSON file `path`; `UserError` when it is missing, too large or no JSON object."""
+    require_file(path, MAX_JSON_BYTES)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{printable(path)} is not valid JSON ({printable(error)}); get the file again") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{printable(path)} should hold a JSON object, not a {type(content).__name__}")
+    return content
+
+
+def read_model_files(folder: Path) -> ModelFiles:
+    """The configurations and tokenizer files of the Diffusers folder `folder`.
+
+    Raises `UserError` for a part that is not there and for a model that is no Stable Diffusion 1.x or 2.x.
+    Python files in the folder are neither read nor run.
+    """
+    _check_pipeline(folder)
+    configs = {part: read_json(_part(folder, part) / "config.json") for part in COMPONENTS}
+    scheduler = read_json(_part(folder, "scheduler") / "scheduler_config.json")
+    files = ModelFiles(
+        unet=configs["unet"],
+        text_encoder=configs["text_encoder"],
+        vae=configs["vae"],
+        scheduler=scheduler,
+        tokenizer=read_tokenizer_files(_part(folder, "tokenizer")),
+    )
+    check_model_files(files, str(folder))
+    return files
+
+
+def read_tokenizer_files(folder: Path) -> dict[str, bytes]:
+    """The bytes of the tokenizer files in `folder` by name; `UserError` when a CLIP vocabulary is not among them."""
+    names = [name for name in TOKENIZER_FILES if (folder / name).exists()]
+    if "tokenizer.json" not in names and not {"vocab.json", "merges.txt"} <= set(names):
+        raise UserError(f"{printable(folder)} holds no CLIP tokenizer: vocab.json and merges.txt are needed")
+    for name in names:
+        require_file(folder / name, MAX_TOKENIZER_BYTES)
+    return {name: (folder / name).read_bytes() for name in names}
+
+
+def check_model_files(files: ModelFiles, source: str) -> None:
+    """`UserError` unless `files` describe a text-to-image Stable Diffusion 1.x or 2.x; `source` names the model."""
+    name = printable(source)
+    for part, expected in CLASSES.items():
+        found = files.config(part).get("_class_name", expected)
+        if found != expected:
+            raise UserError(f"{name}: its {part} is a {printable(found)}; only {expected} can be trained")
+    _check_unet(files.unet, name)
+    for part in COMPONENTS:
+        _check_sizes(files.config(part), f"{name}: {part}/config.json")
+    width, context = files.text_encoder.get("hidden_size"), files.unet.get("cross_attention_dim")
+    if width != context:
+        raise UserError(
+            f"{name}: the text encoder is {width} wide and the UNet expects {context}; "
+            f"the two come from different models"
+        )
+    if files.prediction_type not in ("epsilon", "v_prediction"):
+        raise UserError(
+            f"{name}: prediction type {printable(files.prediction_type)!r} is not known; epsilon and v_prediction are"
+        )
+
+
+def _part(folder: Path, part: str) -> Path:
+    if not (folder / part).is_dir():
+        raise UserError(
+            f"{printable(folder)} has no folder {part}/, so it is no complete Diffusers model; "
+            f"it needs unet/, text_encoder/, vae/, tokenizer/ and scheduler/"
+        )
+    return folder / part
+
+
+def _check_pipeline(folder: Path) -> None:
+    """Refuse other families by name before complaining that a part of theirs is missing."""
+    index = read_json(folder / "model_index.json") if (folder / "model_index.json").exists() else {}
+    pipeline = str(index.get("_class_name", "StableDiffusionPipeline"))
+    name = printable(folder)
+    if "Inpaint" in pipeline:
+        raise UserError(
+            f"{name} is an inpainting model, which cannot be trained here; take the base model it came from"
+        )
+    if "XL" in pipeline or (folder / "text_encoder_2").exists():
+        raise UserError(f"{name} is an SDXL model; only Stable Diffusion 1.x and 2.x can be trained so far")
+    if (folder / "transformer").exists() and not (folder / "unet").exists():
+        raise UserError(
+            f"{name} has a transformer in place of a UNet; only Stable Diffusion 1.x and 2.x can be trained"
+        )
+
+
+def _check_unet(unet: Config, name: str) -> None:
+    channels = unet.get("in_channels", 4)
+    if channels == 9:
+        raise UserError(f"{name} is an inpainting model (9 input channels); take the base model it came from")
+    if channels != 4 or unet.get("out_channels", 4) != 4:
+        raise UserError(f"{name}: a UNet with {printable(channels)} input channels is not for text-to-image training")
+    if unet.get("addition_embed_type") is not None:
+        raise UserError(f"{name} is an SDXL model; only Stable Diffusion 1.x and 2.x can be trained so far")
+
+
+def _check_sizes(config: Config, name: str) -> None:
+    for key, value in config.items():
+        values = value if isinstance(value, list) else [value]
+        if len(values) > MAX_LEVELS and key.endswith(("_channels", "_types")):
+            raise UserError(f"{name}: {printable(key)} has {len(values)} levels; at most {MAX_LEVELS} are sensible")
+        limit = MAX_LAYERS if "layers" in key else MAX_WIDTH
+        for number in values:
+            if isinstance(number, int) and number > limit and not key.endswith("token_id"):
+                raise UserError(f"{name}: {printable(key)} = {number} is not sensible (at most {limit})")

@@ -1,0 +1,146 @@
+"""Weight files from strangers: tensors come out as views of the file, or a UserError does; no code runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from utils.errors import UserError, printable
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MAX_HEADER_BYTES = 16 << 20  # a full SD 1.5 needs 0.15 MiB
+MAX_TENSORS = 20_000
+
+
+def require_file(path: Path, max_bytes: int | None = None) -> int:
+    """The size of the regular file `path` in bytes.
+
+    Raises `UserError` when it is not there, is no regular file (a pipe would hang the reader) or is over `max_bytes`.
+    """
+    name = printable(path)
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise UserError(f"{name} cannot be read: {error.strerror}") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise UserError(f"{name} is not a regular file")
+    if max_bytes is not None and status.st_size > max_bytes:
+        raise UserError(f"{name} has {status.st_size} bytes; more than {max_bytes} are not sensible for such a file")
+    return status.st_size
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of `path` by name, as views of the mapped file (reading happens on use).
+
+    Raises `UserError` when the file is damaged, cut short or has a header beyond all measure.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    read_header(path)
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"{printable(path)} is damaged ({printable(error)}); get the file again") from None
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """The JSON header of the safetensors file `path`; `UserError` when there is none worth reading."""
+    size = require_file(path)
+    name = printable(path)
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 10 or length > size - 8:
+            raise UserError(f"{name} is no safetensors file, or is cut short; get it again")
+        if length > MAX_HEADER_BYTES:
+            raise UserError(f"{name} announces a header of {length} bytes; more than {MAX_HEADER_BYTES} are refused")
+        raw = file.read(length)
+    try:
+        header = json.loads(raw.decode("utf-8"))
+    except (ValueError, RecursionError):
+        raise UserError(f"{name}: the header is no JSON; the file is damaged or is no safetensors file") from None
+    if not isinstance(header, dict) or len(header) > MAX_TENSORS:
+        raise UserError(f"{name}: the header lists no tensors, or more than {MAX_TENSORS}")
+    return header
+
+
+def require_finite(name: str, tensor: Tensor, source: str) -> None:
+    """`UserError` when `tensor` holds NaN or infinity."""
+    import torch
+
+    # A sum is faster than isfinite and is finite only if every element is; should it overflow, we look closer.
+    if not tensor.is_floating_point() or bool(torch.isfinite(tensor.sum(dtype=torch.float32))):
+        return
+    bad = tensor.numel() - int(torch.isfinite(tensor).sum())
+    if bad:
+        raise UserError(
+            f"{printable(source)}: {bad} of {tensor.numel()} numbers in {printable(name)} are NaN or infinite; "
+            f"the model is damaged, take an earlier one"
+        )
+
+
+def folder_weights(folder: Path, stems: tuple[str, ...], variant: str | None) -> dict[str, Tensor]:
+    """The tensors of one part of a Diffusers folder, whole or in shards, safetensors before pickles.
+
+    Args:
+        folder: the part's folder, such as `model/unet`.
+        stems: file names without ending, the preferred first.
+        variant: such as "fp16"; `None` takes plain names, and a half-precision variant only when there is nothing else.
+    """
+    variants = [variant] if variant is not None else [None, "fp16", "bf16"]
+    for ending in ("safetensors", "bin"):
+        for chosen in variants:
+            for stem in stems:
+                found = _find(folder, stem, chosen, ending)
+                if found is not None:
+                    return _read_all(found)
+    wanted = f" of the variant {printable(variant)}" if variant is not None else ""
+    raise UserError(f"{printable(folder)} holds no weights{wanted} ({stems[0]}.safetensors or {stems[-1]}.bin)")
+
+
+def _find(folder: Path, stem: str, variant: str | None, ending: str) -> list[Path] | None:
+    middle = "" if variant is None else f".{variant}"
+    whole = folder / f"{stem}{middle}.{ending}"
+    if whole.exists():
+        return [whole]
+    # Diffusers and Transformers spell the variant of an index differently.
+    for index in (f"{stem}.{ending}.index{middle}.json", f"{stem}{middle}.{ending}.index.json"):
+        if (folder / index).exists():
+            return _shards(folder / index)
+    return None
+
+
+def _shards(index: Path) -> list[Path]:
+    require_file(index, MAX_HEADER_BYTES)
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise UserError(f"{printable(index)} is no index of weight files; get it again") from None
+    for name in names:
+        if not isinstance(name, str) or os.path.basename(name) != name or name in ("", ".", "..") or "\\" in name:  # noqa: PTH119
+            raise UserError(f"{printable(index)} names {printable(name)!r}, which is not a file beside it")
+    return [index.parent / name for name in names]
+
+
+def _read_all(paths: list[Path]) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for path in paths:
+        for name, tensor in read_weights(path).items():
+            if name in tensors:
+                raise UserError(f"{printable(path)} holds {printable(name)}, which another shard holds as well")
+            tensors[name] = tensor
+    return tensors
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a `.safetensors` file or of a torch pickle (`.bin`, `.ckpt`, `.pt`), by name."""
+    if path.suffix == ".safetensors":
+        return read_safetensors(path)
+    from utils.pickles import read_pickle
+
+    return read_pickle(path)
