@@ -11,6 +11,7 @@ from typing import Any
 
 from utils.config import OBSOLETE, SECTIONS, Options
 from utils.errors import Problem, ProblemsError, UserError
+from utils.run_dir import project_name_problem
 from utils.schema import build_parser, nearest, option_fields, parse_command_line, read_values
 
 DESCRIPTION = "Fine-tune Stable Diffusion on folders of captioned pictures."
@@ -143,18 +144,10 @@ def check_together(given: Mapping[str, Any], where: str, flags: Mapping[str, Any
         add("zero_frequency_noise_ratio", "must be 0 or more, or -1 for zero terminal SNR")
     if options.ema.ema_decay_rate is not None and options.ema.ema_strength_target is not None:
         add("ema_strength_target", "and ema_decay_rate both set the rate of the EMA; drop one")
-    name_problem = check_name(options.run.project_name)
-    if name_problem:
+    name_problem = project_name_problem(options.run.project_name)
+    if name_problem is not None:
         add("project_name", name_problem)
     return problems
-
-
-def check_name(name: str) -> str | None:
-    """Why `name` may not name files, or `None`: it must not be able to leave the log folder."""
-    if not name.strip() or name != name.strip() or name.strip(".") == "":
-        return "must hold more than dots and spaces, and neither begin nor end with a space"
-    wrong = sorted({c for c in name if not (c.isalnum() or c in "._- ")})
-    return f"may hold letters, digits, '.', '_', '-' and spaces, not {' '.join(map(repr, wrong))}" if wrong else None
 
 
 def assemble(given: Mapping[str, Any]) -> Options:

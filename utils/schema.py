@@ -8,7 +8,7 @@ import difflib
 import math
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,9 +103,12 @@ def check_value(field: OptionField, value: Any, where: str) -> tuple[Any, Proble
         return value, None
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         return wrong(f"must be {_KINDS[kind]}")
-    if kind is float and not math.isfinite(value):
+    if isinstance(value, float) and not math.isfinite(value):
         return wrong("must be a finite number")
-    spec = field.spec
+    return _check_range(field.spec, value, wrong)
+
+
+def _check_range(spec: Spec, value: Any, wrong: Callable[[str], tuple[None, Problem]]) -> tuple[Any, Problem | None]:
     if spec.choices and value not in spec.choices:
         return wrong(f"must be one of {', '.join(spec.choices)}")
     if (spec.low is not None and value < spec.low) or (spec.high is not None and value > spec.high):
