@@ -1,0 +1,124 @@
+"""Ctrl-C, SIGTERM and other wishes to stop: a flag that the loop reads between updates."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
+from typing import Any, Literal, Self
+
+from utils.errors import EXIT_INTERRUPTED, EXIT_TERMINATED
+
+Reason = Literal["interrupted", "terminated"]
+
+# Parents such as `make` or `accelerate launch` pass a Ctrl-C on that the terminal has sent to everybody already.
+ECHO_SECONDS = 0.2
+_ADVICE = b"\nStopping: the update in hand is finished, then everything is saved. Ctrl-C again stops at once.\n"
+
+
+class StopSignal:
+    """While entered, the first SIGINT or SIGTERM (Windows: also Ctrl-Break) only sets `requested`.
+
+    A second Ctrl-C ends the process and its children at once, with exit code 130; files are atomic, so nothing is
+    harmed. Other handlers come back on leaving. Outside the main thread, where Python allows no handlers, only
+    `request` works.
+    """
+
+    def __init__(self) -> None:
+        self.requested: Reason | None = None
+        self._interrupts = 0
+        self._interrupted_at = 0.0
+        self._pid = os.getpid()
+        self._before: dict[int, Any] = {}
+
+    @property
+    def exit_code(self) -> int | None:
+        """130 after Ctrl-C, 143 after SIGTERM, `None` when nobody asked to stop."""
+        if self.requested is None:
+            return None
+        return EXIT_INTERRUPTED if self.requested == "interrupted" else EXIT_TERMINATED
+
+    def request(self, reason: Reason = "interrupted") -> None:
+        """Ask for a stop as a signal would; the first reason stands."""
+        if self.requested is None:
+            self.requested = reason
+
+    def __bool__(self) -> bool:
+        return self.requested is not None
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            for number in _stop_signals():
+                self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            # `None` stands for a handler that was not set from Python and cannot be set again.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        self._before.clear()
+
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
+        # A forked worker inherits the handler until it has set its own.
+        if os.getpid() != self._pid:
+            return
+        if number == signal.SIGTERM:
+            # Schedulers send it to the process and again to its group; only a person at the keyboard hurries.
+            self.request("terminated")
+            return
+        now = time.monotonic()
+        self._interrupts += 1
+        if self._interrupts == 1:
+            self._interrupted_at = now
+            self.request("interrupted")
+            # print and logging may be what the signal has interrupted; they must not be entered twice.
+            with suppress(OSError):
+                os.write(2, _ADVICE)
+        elif now - self._interrupted_at > ECHO_SECONDS:
+            stop_at_once()
+
+
+def stop_at_once(exit_code: int = EXIT_INTERRUPTED) -> None:
+    """Kill the child processes and end this one, without waiting for threads, files or libraries."""
+    for child in multiprocessing.active_children():
+        child.kill()
+    os._exit(exit_code)
+
+
+def _stop_signals() -> list[signal.Signals]:
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGBREAK"):
+        numbers.append(signal.SIGBREAK)
+    return numbers
+
+
+def ignore_in_worker(_worker_id: int = 0) -> None:
+    """Make this worker process deaf to SIGINT and SIGTERM, which are the main process's to answer (`worker_init_fn`).
+
+    A terminal and a scheduler signal the whole group; workers that die first would take the update in hand with them.
+    """
+    for number in _stop_signals():
+        signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _stop_signals())
+
+
+@contextmanager
+def workers_start() -> Iterator[None]:
+    """Start worker processes inside this block: they are deaf from birth, and no signal to this process is lost.
+
+    Blocked signals are inherited, so a signal that comes before a worker reaches `ignore_in_worker` waits there.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _stop_signals())
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
