@@ -1,0 +1,125 @@
+"""Samples: pictures that the live networks draw, as the exported model would, without the run noticing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from utils.borrow import undisturbed
+from utils.models import Models, encode_text, tokenize
+from utils.prompts import SampleJob, SampleSheet
+from utils.schedulers import GUIDANCE_RESCALE, sample_scheduler
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor
+
+
+def sample_pictures(
+    models: Models,
+    sheet: SampleSheet,
+    *,
+    clip_skip: int = 0,
+    zero_terminal_snr: bool = False,
+    device: torch.device | str = "cpu",
+    autocast: AbstractContextManager[Any] | None = None,
+) -> list[list[Image]]:
+    """For each job of `sheet`, in order, its pictures: RGB, one for each of its guidance scales, from the same noise.
+
+    Text encoding, clip skip, noise schedule and empty prompt are those of the training and of the export. The
+    networks and every global generator are left as they were. Jobs of one size and guidance go through together,
+    `sheet.batch_size` at most; each job has a generator of its own, so company does not change its draws.
+    """
+    networks = (models.unet, models.text_encoder, models.vae)
+    found: dict[tuple[int, float], Image] = {}
+    with (
+        undisturbed(*networks, device=device),
+        nullcontext() if autocast is None else autocast,
+        _pipeline(models, sheet, zero_terminal_snr) as pipeline,
+    ):
+        for jobs, cfg in _batches(sheet):
+            pictures = _draw(pipeline, models, jobs, cfg, sheet.steps, clip_skip, zero_terminal_snr, device)
+            found |= {(job.index, cfg): picture for job, picture in zip(jobs, pictures, strict=True)}
+    return [[found[job.index, cfg] for cfg in job.cfgs] for job in sheet.jobs]
+
+
+def _batches(sheet: SampleSheet) -> Iterator[tuple[list[SampleJob], float]]:
+    """Jobs of one size with one guidance scale, `batch_size` at most."""
+    wanted = [(job.width, job.height, cfg, job.index) for job in sheet.jobs for cfg in dict.fromkeys(job.cfgs)]
+    jobs = {job.index: job for job in sheet.jobs}
+    for (_, _, cfg), group in groupby(sorted(wanted), key=lambda want: want[:3]):
+        members = [jobs[index] for *_, index in group]
+        for start in range(0, len(members), sheet.batch_size):
+            yield members[start : start + sheet.batch_size], cfg
+
+
+@contextmanager
+def _pipeline(models: Models, sheet: SampleSheet, zero_terminal_snr: bool) -> Iterator[Any]:
+    """Diffusers' own pipeline around the live networks."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    levels = diffusers_logging.get_verbosity(), transformers_logging.get_verbosity()
+    # Their warnings are about safety checkers, image processors and defaults that are not in play here.
+    diffusers_logging.set_verbosity_error()
+    transformers_logging.set_verbosity_error()
+    config = models.unet._internal_dict
+    try:
+        from diffusers import StableDiffusionPipeline
+
+        pipeline = StableDiffusionPipeline(
+            vae=models.vae,
+            text_encoder=models.text_encoder,
+            tokenizer=models.tokenizer,
+            unet=models.unet,
+            scheduler=sample_scheduler(models, sheet.scheduler, zero_terminal_snr=zero_terminal_snr),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+        pipeline.set_progress_bar_config(disable=not sheet.show_progress, leave=False)
+        yield pipeline
+    finally:
+        models.unet._internal_dict = config  # the pipeline "mends" the sample size of very old configurations
+        diffusers_logging.set_verbosity(levels[0])
+        transformers_logging.set_verbosity(levels[1])
+
+
+def _draw(
+    pipeline: Any,
+    models: Models,
+    jobs: Sequence[SampleJob],
+    cfg: float,
+    steps: int,
+    clip_skip: int,
+    zero_terminal_snr: bool,
+    device: torch.device | str,
+) -> list[Image]:
+    def embed(texts: list[str]) -> Tensor:
+        tokens = tokenize(models, texts).to(device)
+        return encode_text(models.text_encoder, tokens, clip_skip)
+
+    latents = pipeline(
+        prompt_embeds=embed([job.prompt for job in jobs]),
+        negative_prompt_embeds=embed([job.negative_prompt for job in jobs]),
+        width=jobs[0].width,
+        height=jobs[0].height,
+        num_inference_steps=steps,
+        guidance_scale=cfg,
+        guidance_rescale=GUIDANCE_RESCALE if zero_terminal_snr or models.zero_terminal_snr else 0.0,
+        # A plain generator, not a named stream: the seed beside the picture draws it again in any Diffusers program.
+        generator=[torch.Generator("cpu").manual_seed(job.seed) for job in jobs],
+        output_type="latent",
+    ).images
+    # One by one: decoding needs several times the memory of a denoising step.
+    return [_decode(pipeline, models, latent[None]) for latent in latents]
+
+
+def _decode(pipeline: Any, models: Models, latent: Tensor) -> Image:
+    scaled = (latent / models.latent_scale).to(models.vae.dtype)
+    pixels = models.vae.decode(scaled, return_dict=False)[0]
+    return pipeline.image_processor.postprocess(pixels.float(), output_type="pil")[0]  # type: ignore[no-any-return]

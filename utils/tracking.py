@@ -1,0 +1,109 @@
+"""What a run reports of itself, to all that listen: TensorBoard, metrics.jsonl and, when asked, Weights & Biases."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, SupportsFloat
+
+from utils.sinks import EventSink, Guard, MetricsSink, Sink
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+METRICS = "metrics.jsonl"
+LAYOUT: dict[str, dict[str, list[str]]] = {
+    "loss": {"training": ["loss/log_step", "loss/epoch", "loss/train-stabilized"]},
+    "validation": {"loss": ["loss/val", "loss/_all_val_combined"], "timestep bands": ["loss/val/band.*"]},
+    "rates": {
+        "learning rate": ["hyperparameter/lr.*"],
+        "gradient norm": ["optimizer/.*grad_norm"],
+        "loss scale": ["hyperparameter/grad scale"],
+    },
+    "performance": {
+        "images per second": ["performance/images per second"],
+        "memory": ["performance/vram"],
+        "minutes per epoch": ["performance/minutes per epoch"],
+    },
+}
+
+
+class Tracker:
+    """All sinks of a run. None of them can end it: a sink that fails warns once and is tried again later."""
+
+    def __init__(self, folder: Path | None, *, resume_update: int | None = None, retry_seconds: float = 60.0) -> None:
+        """`folder` is the run's; `None` reports to nobody (processes other than the first of several).
+
+        `resume_update`: the run goes on after this update; what an earlier start reported beyond it is dropped.
+        """
+        self._guards: list[Guard] = []
+        if folder is None:
+            return
+        self._guards = [
+            Guard(name, _resuming_once(opener, resume_update), retry_seconds=retry_seconds)
+            for name, opener in (
+                ("TensorBoard's event file", lambda update: EventSink(folder, update)),
+                (METRICS, lambda update: MetricsSink(folder / METRICS, update)),
+            )
+        ]
+
+    def scalars(self, update: int, values: Mapping[str, SupportsFloat]) -> None:
+        """Report one number for each tag. Tensors are read here, so hand them over only when it is time to log."""
+        if self._guards and values:
+            numbers = {tag: float(value) for tag, value in values.items()}
+            self._tell("scalars", update, numbers)
+
+    def text(self, tag: str, text: str, update: int = 0) -> None:
+        """Report a text, shown as it is: nothing in it is taken for markdown or HTML."""
+        self._tell("text", tag, text, update)
+
+    def image(self, tag: str, picture: Image, update: int) -> None:
+        """Report a picture."""
+        self._tell("image", tag, picture, update)
+
+    def histogram(self, tag: str, counts: Sequence[int], edges: Sequence[float], update: int) -> None:
+        """Report counts between `edges`, of which there is one more."""
+        self._tell("histogram", tag, list(counts), list(edges), update)
+
+    def layout(self, charts: Mapping[str, Mapping[str, Sequence[str]]] = LAYOUT) -> None:
+        """Group curves into charts: for each group the charts, for each chart the tags or patterns of tags."""
+        self._tell("layout", charts)
+
+    def hparams(self, options: Mapping[str, Any], metrics: Sequence[str] = ("loss/epoch", "loss/val")) -> None:
+        """Report the options by which runs are compared, and the tags by which they are judged."""
+        self._tell("hparams", options, list(metrics))
+
+    def close(self) -> None:
+        """Write what has waited and let go of the sinks."""
+        for guard in self._guards:
+            guard.close()
+        self._guards = []
+
+    def _tell(self, method: str, *arguments: Any) -> None:
+        for guard in self._guards:
+            guard.call(method, *arguments)
+
+
+def _resuming_once(opener: Callable[[int | None], Sink], resume_update: int | None) -> Callable[[], Sink]:
+    """`opener` with `resume_update`, until it has worked: a sink opened anew must not drop what came since."""
+    pending = [resume_update]
+
+    def open_sink() -> Sink:
+        sink = opener(pending[0])
+        pending[0] = None
+        return sink
+
+    return open_sink
+
+
+def plain_words(text: str) -> str:
+    """The letters (without accents) and digits of `text`, everything else as single underscores: safe in a tag."""
+    flat = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode("ascii")
+    return re.sub(r"[^A-Za-z0-9]+", "_", flat).strip("_")
+
+
+def sample_tag(index: int, prompt: str) -> str:
+    """`sample_{i:03}_{prompt}` in letters and digits only, so that no prompt can upset TensorBoard."""
+    return f"sample_{index:03}_{plain_words(prompt)[:60].strip('_')}".rstrip("_")
