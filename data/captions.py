@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from random import Random
 
 from data.item import Caption, Tag
+from data.text import without_surrogates
 
 
 def parse_caption(text: str, max_length: int | None = None) -> Caption:
@@ -20,7 +21,7 @@ def parse_caption(text: str, max_length: int | None = None) -> Caption:
 
 def caption_from_name(stem: str) -> Caption:
     """The caption in a file name without its extension: what stands before the first underscore."""
-    return parse_caption(stem.split("_", 1)[0])
+    return parse_caption(without_surrogates(stem.split("_", 1)[0]))
 
 
 def collapse(tags: Iterable[Tag]) -> tuple[Tag, ...]:

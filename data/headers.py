@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 # What Pillow may open: rasters only, no format that runs programs or guesses (EPS, PSD, FITS, ...).
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
 MAX_PIXELS = 178_956_970  # three bytes each make half a GiB: room for any camera, none for bombs
 MAX_SIDE = 65_535
 _MAX_SEGMENTS = 2_000

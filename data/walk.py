@@ -1,0 +1,88 @@
+"""The folders below a data root and the names in them, in an order that no disk decides."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from data.settings import Notes
+
+IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".avif", ".tif", ".tiff", ".gif"))
+_JUNK = frozenset(("__macosx", "@eadir", "thumbs.db", "desktop.ini", "$recycle.bin"))
+
+
+@dataclass(frozen=True, slots=True)
+class Folder:
+    """One folder: `path` on the disk, `id` relative to the data root with `/` ("" for the root itself).
+
+    Args:
+        parent: the id of the folder it was reached from; `None` for the root.
+        files: names of the regular files, sorted.
+        others: names that look like files but are none (pipes, devices, broken links), sorted.
+    """
+
+    path: str
+    id: str
+    parent: str | None
+    files: tuple[str, ...]
+    others: tuple[str, ...]
+
+    def at(self, name: str) -> str:
+        """The path of the file `name` in this folder."""
+        return f"{self.path}{os.sep}{name}"
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """The stem of a file name and its extension in small letters, with the dot."""
+    stem, dot, suffix = name.rpartition(".")
+    return (stem, dot + suffix.lower()) if dot else (name, "")
+
+
+def walk(root: str, notes: Notes) -> Iterator[Folder]:
+    """Every folder at and below `root`, parents before children.
+
+    Links to folders are followed after all real folders have been seen, and no folder is seen twice: loops end, and a
+    picture that is reached in two ways belongs to the folder it lies in.
+    """
+    seen: set[tuple[int, int]] = set()
+    real: list[tuple[str, str, str | None]] = [(root, "", None)]
+    links: list[tuple[str, str, str | None]] = []
+    while real or links:
+        path, id, parent = real.pop() if real else links.pop(0)
+        try:
+            status = Path(path).stat()
+            if (status.st_dev, status.st_ino) in seen:
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            folder, inner, linked = _list(path, id, parent)
+        except OSError as error:
+            notes.warn(path, f"this folder cannot be read: {error.strerror}")
+            continue
+        real.extend(reversed(inner))
+        links.extend(linked)
+        yield folder
+
+
+def _list(
+    path: str, id: str, parent: str | None
+) -> tuple[Folder, list[tuple[str, str, str | None]], list[tuple[str, str, str | None]]]:
+    files, others = [], []
+    inner: list[tuple[str, str, str | None]] = []
+    linked: list[tuple[str, str, str | None]] = []
+    with os.scandir(path) as entries:
+        for entry in entries:
+            name = entry.name
+            if name.startswith(".") or name.lower() in _JUNK:
+                continue
+            if entry.is_file():
+                files.append(name)
+            elif entry.is_dir():
+                child = (f"{path}{os.sep}{name}", f"{id}/{name}" if id else name, id)
+                (linked if entry.is_symlink() else inner).append(child)
+            else:
+                others.append(name)
+    inner.sort()
+    linked.sort()
+    return Folder(path, id, parent, tuple(sorted(files)), tuple(sorted(others))), inner, linked
