@@ -1,0 +1,233 @@
+"""The only place that changes a weight: backward passes, gradient norms, clipping, the step, and what is kept of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from optimizer.build import Part
+from optimizer.loss_scale import LossScale
+from utils.errors import UserError
+from utils.optimizer_names import FINDS_ITS_RATE
+
+STATE_VERSION = 1
+_CLIP_EPSILON = 1e-6  # as torch.nn.utils.clip_grad_norm_
+
+# What optimizers that find their own rate keep beside their options: it goes on, today's options do not replace it.
+_PROGRESS = frozenset(
+    """params k d d_max d_hat d_numerator d_denom numerator_weighted gsq_weighted g0_norm sksq_weighted
+    lr_max weight_sum scheduled_lr train_mode""".split()  # noqa: SIM905
+)
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What an update did; tensors stay on the device until somebody logs them.
+
+    Args:
+        loss: mean over the images of the update, weighted as trained.
+        applied: bool, False where loss or gradients were not finite and no weight was changed.
+        grad_norms: of each part, before clipping.
+        clipped_norms: and after.
+        rates: the learning rate of each part.
+    """
+
+    loss: Tensor
+    applied: Tensor
+    grad_norms: Mapping[str, Tensor]
+    clipped_norms: Mapping[str, Tensor]
+    rates: Mapping[str, float]
+
+
+class Updater:
+    """Changes the weights of its parts, all of them or none.
+
+    A loss or a gradient that is not finite never reaches a weight or a moment. Optimizers that can be told on the
+    device (torch's fused ones, adacoor) cost no synchronisation; with any other one the host reads one flag an update.
+
+    Args:
+        loss_scale: under fp16.
+        sum_over_processes: where several processes share an update: the sum of a tensor over them.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[Part],
+        *,
+        clip_grad_norm: float | None = None,
+        loss_scale: LossScale | None = None,
+        sum_over_processes: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        assert parts, "nothing to train"
+        self.parts = tuple(parts)
+        self.clip_grad_norm = clip_grad_norm
+        self.loss_scale = loss_scale
+        self._sum = sum_over_processes
+        device = next(iter(self.parts[0].parameters.values())).device
+        self._loss = torch.zeros((), device=device)
+        self._skipped = torch.zeros(2, dtype=torch.int64, device=device)
+        self._asks_host = not all(_takes_found_inf(part.optimizer) for part in self.parts)
+
+    def backward(self, losses: Tensor, image_scales: Tensor, images: int) -> None:
+        """Add a micro-batch to the update in hand.
+
+        Args:
+            losses: of each image, (B,), with their graph.
+            image_scales: `loss_scale` of each image, (B,).
+            images: of the whole update: its loss is the mean over them, however it is cut.
+        """
+        loss = (losses * image_scales).sum() / images
+        self._loss += loss.detach()
+        (loss if self.loss_scale is None else loss * self.loss_scale.scale).backward()  # type: ignore[no-untyped-call]
+
+    def discard(self) -> None:
+        """Forget the update in hand, which ran out of memory, say, half way."""
+        self._loss = torch.zeros_like(self._loss)
+        self._drop_gradients()
+
+    @torch.no_grad()
+    def step(self, done: int) -> StepResult:
+        """Change the weights by the gradients in hand, and drop these.
+
+        Args:
+            done: updates before this one; learning rates are functions of it.
+        """
+        inverse = None if self.loss_scale is None else 1 / self.loss_scale.scale
+        loss = self._loss if self._sum is None else self._sum(self._loss)
+        norms = {part.name: _norm(part, inverse) for part in self.parts}
+        applied = torch.isfinite(torch.stack([loss, *norms.values()])).all()
+        found_inf = (~applied).float()
+        clipped = {part.name: self._scale_gradients(part, norms[part.name], inverse) for part in self.parts}
+        rates = {part.name: part.lr_at(done) for part in self.parts}
+        if not self._asks_host or bool(applied):
+            for part in self.parts:
+                _step(part, rates[part.name], found_inf)
+        self._drop_gradients()
+        bad = (~applied).long()
+        self._skipped[0] += bad
+        self._skipped[1] = (self._skipped[1] + bad) * bad
+        if self.loss_scale is not None:
+            self.loss_scale.update(found_inf, done)
+        self._loss = torch.zeros_like(self._loss)
+        return StepResult(loss, applied, norms, clipped, rates)
+
+    def skipped(self) -> tuple[int, int]:
+        """Updates that were skipped: in all, and in a row up to now. Waits for the device: for use when logging."""
+        total, in_row = self._skipped.tolist()
+        return total, in_row
+
+    def state_dict(self) -> dict[str, Any]:
+        """What an exact resume needs besides the weights; tensors are the live ones."""
+        return {
+            "version": STATE_VERSION,
+            "parts": {
+                part.name: {
+                    "optimizer": part.optimizer_name,
+                    "names": list(part.parameters),
+                    "options": {name: _plain(value) for name, value in part.options.items()},
+                    "state": part.optimizer.state_dict(),
+                }
+                for part in self.parts
+            },
+            "loss_scale": None if self.loss_scale is None else self.loss_scale.state_dict(),
+            "skipped": self._skipped,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> list[str]:
+        """Go on from saved moments, with the options of today; returns a line for each option that is another now.
+
+        Raises:
+            UserError: the state belongs to other optimizers or other weights.
+        """
+        saved = state["parts"]
+        names = [part.name for part in self.parts]
+        if sorted(saved) != sorted(names):
+            raise UserError(
+                f"the saved state trains {' and '.join(sorted(saved))}, this run {' and '.join(sorted(names))}; "
+                f"set disable_unet_training and disable_textenc_training as they were, or use --resume_mode weights"
+            )
+        changes = [line for part in self.parts for line in _load_part(part, saved[part.name])]
+        if self.loss_scale is not None and state["loss_scale"] is not None:
+            self.loss_scale.load_state_dict(state["loss_scale"])
+        self._skipped.copy_(state["skipped"])
+        return changes
+
+    def _scale_gradients(self, part: Part, norm: Tensor, inverse: Tensor | None) -> Tensor:
+        """Undo the loss scale and clip, in one pass over the gradients; the norm afterwards."""
+        factor, after = inverse, norm
+        if self.clip_grad_norm is not None:
+            clip = (self.clip_grad_norm / (norm + _CLIP_EPSILON)).clamp(max=1.0)
+            factor, after = clip if inverse is None else inverse * clip, norm * clip
+        if factor is not None:
+            gradients = _gradients(part)
+            torch._foreach_mul_(gradients, factor)
+        return after
+
+    def _drop_gradients(self) -> None:
+        for part in self.parts:
+            for parameter in part.parameters.values():
+                parameter.grad = None
+
+
+def _takes_found_inf(optimizer: Optimizer) -> bool:
+    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+
+
+def _gradients(part: Part) -> list[Tensor]:
+    return [parameter.grad for parameter in part.parameters.values() if parameter.grad is not None]
+
+
+def _norm(part: Part, inverse: Tensor | None) -> Tensor:
+    """The norm of all gradients of `part` as one vector, without the loss scale."""
+    gradients = _gradients(part)
+    assert gradients, f"no gradient has reached the {part.name}"
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2.0, torch.float32)))
+    return norm if inverse is None else norm * inverse
+
+
+def _step(part: Part, rate: float, found_inf: Tensor) -> None:
+    optimizer = part.optimizer
+    if rate == 0 and part.optimizer_name in FINDS_ITS_RATE:
+        return  # they divide by it
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    if not _takes_found_inf(optimizer):
+        optimizer.step()
+        return
+    optimizer.grad_scale, optimizer.found_inf = None, found_inf  # type: ignore[attr-defined]
+    optimizer.step()
+    del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
+
+
+def _load_part(part: Part, saved: Mapping[str, Any]) -> list[str]:
+    label = part.name.replace("_", " ")
+    if saved["optimizer"] != part.optimizer_name:
+        raise UserError(
+            f"the saved state of the {label} is {saved['optimizer']}'s, this run uses {part.optimizer_name}; "
+            f"name {saved['optimizer']} in the optimizer file, or use --resume_mode weights"
+        )
+    if saved["names"] != list(part.parameters):
+        raise UserError(
+            f"the saved state trains {len(saved['names'])} weights of the {label}, this run {len(part.parameters)} or "
+            f"others; set text_encoder_freezing as it was, or use --resume_mode weights"
+        )
+    today = [dict(group) for group in part.optimizer.param_groups]
+    part.optimizer.load_state_dict(saved["state"])
+    for group, options in zip(part.optimizer.param_groups, today, strict=True):
+        group.update({name: value for name, value in options.items() if name not in _PROGRESS})
+    old, new = saved["options"], {name: _plain(value) for name, value in part.options.items()}
+    names = [name for name in [*old, *(name for name in new if name not in old)] if old.get(name) != new.get(name)]
+    return [f"{label}: {name} was {_word(old.get(name))}, is {_word(new.get(name))} from now on" for name in names]
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _word(value: Any) -> str:
+    return "not given" if value is None else str(value)
