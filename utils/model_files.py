@@ -23,6 +23,17 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "tokenizer.json",
 )
+# Those that rescale their own betas.
+ZERO_SNR_SCHEDULERS = (
+    "DDPMScheduler",
+    "DDIMScheduler",
+    "EulerDiscreteScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "DPMSolverMultistepScheduler",
+    "UniPCMultistepScheduler",
+    "LCMScheduler",
+    "TCDScheduler",
+)
 MAX_JSON_BYTES = 1 << 20
 MAX_TOKENIZER_BYTES = 32 << 20
 # No Stable Diffusion comes near these; a configuration beyond them would only keep the machine busy building modules.
@@ -59,6 +70,22 @@ class ModelFiles:
     def zero_terminal_snr(self) -> bool:
         """Whether the model's noise schedule ends in pure noise (arXiv 2305.08891)."""
         return bool(self.scheduler.get("rescale_betas_zero_snr", False))
+
+
+def mark_scheduler(config: Config, prediction_type: str, zero_terminal_snr: bool) -> dict[str, Any]:
+    """The scheduler's configuration, marked with how the model was trained.
+
+    A class of scheduler that cannot end in pure noise (PNDM) gives way to DDIM when `zero_terminal_snr` is asked for.
+    """
+    marked = dict(config) | {"prediction_type": prediction_type}
+    if zero_terminal_snr:
+        name = marked.get("_class_name")
+        marked |= {
+            "_class_name": name if name in ZERO_SNR_SCHEDULERS else "DDIMScheduler",
+            "rescale_betas_zero_snr": True,
+            "timestep_spacing": "trailing",
+        }
+    return marked
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils.errors import UserError, printable
-from utils.model_files import COMPONENTS, ModelFiles, read_model_files
-from utils.weights import folder_weights, require_finite
+from utils.keymap import disk_name
+from utils.model_files import ModelFiles, mark_scheduler
+from utils.source import Parts, Wanted, read_source
+from utils.weights import require_finite
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel
@@ -17,22 +19,18 @@ if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer
 
 SCHEDULERS = {"ddpm": "DDPMScheduler", "ddim": "DDIMScheduler", "pndm": "PNDMScheduler"}
-# Those that rescale their own betas; for any other class of the export, sampling would not end in pure noise.
-ZERO_SNR_SCHEDULERS = frozenset(
-    "DDPMScheduler DDIMScheduler EulerDiscreteScheduler EulerAncestralDiscreteScheduler "
-    "DPMSolverMultistepScheduler UniPCMultistepScheduler LCMScheduler TCDScheduler".split()
-)
-WEIGHT_STEMS = {
-    "unet": ("diffusion_pytorch_model",),
-    "vae": ("diffusion_pytorch_model",),
-    "text_encoder": ("model", "pytorch_model"),
-}
-PREFIX = "text_model."
+Networks = dict[str, Any]  # "unet", "text_encoder", "vae"
 
 
 @dataclass(slots=True)
 class Models:
-    """The networks of a Stable Diffusion and what belongs to them."""
+    """The networks of a Stable Diffusion and what belongs to them.
+
+    Args:
+        files: configurations and tokenizer as loaded.
+        source: what the user named.
+        told: one line for the log: kind, prediction type, and what says so.
+    """
 
     unet: UNet2DConditionModel
     text_encoder: CLIPTextModel
@@ -40,6 +38,7 @@ class Models:
     tokenizer: CLIPTokenizer
     files: ModelFiles
     source: str
+    told: str = ""
 
     @property
     def scheduler_config(self) -> Mapping[str, Any]:
@@ -87,46 +86,61 @@ class Models:
         return int(self.text_encoder.config.max_position_embeddings)
 
 
-def load_models(source: str | Path, *, variant: str | None = None) -> Models:
-    """The model in the Diffusers folder `source`: fp32 on the CPU, in eval mode, no parameter asking for gradients.
+def load_models(source: str | Path, wanted: Wanted | None = None) -> Models:
+    """The model `source`: fp32 on the CPU, in eval mode, no parameter asking for gradients.
+
+    Args:
+        source: a Diffusers folder, a `.safetensors` or `.ckpt` file, or a Hugging Face repository id.
+        wanted: what the user said about it: variant, revision, prediction type.
 
     Every tensor is checked for its name, shape and finiteness. Raises `UserError` that says what is wrong.
     """
-    folder = Path(source)
-    if not folder.is_dir():
-        raise UserError(f"there is no model folder {printable(source)}")
-    files = read_model_files(folder)
-    weights = {part: folder_weights(folder / part, WEIGHT_STEMS[part], variant) for part in COMPONENTS}
-    return build_models(files, weights, str(source))
+    found = read_source(source, wanted)
+    networks = empty_networks(found.files)
+    weights = found.parts(disk_names(networks))
+    return _assembled(found.files, networks, weights, found.name, found.told)
 
 
 def build_models(files: ModelFiles, weights: Mapping[str, Mapping[str, Tensor]], source: str) -> Models:
-    """Networks of the configurations `files` with copies of the tensors `weights` in them; `source` is for messages."""
-    networks = empty_networks(files)
+    """Networks of the configurations `files` with fp32 copies of the tensors `weights`; `source` is for messages."""
+    return _assembled(files, empty_networks(files), weights, source, "")
+
+
+def _assembled(files: ModelFiles, networks: Networks, weights: Parts, source: str, told: str) -> Models:
     for part, network in networks.items():
-        _fill(network, weights[part], f"{source}: {part}")
-    return Models(
-        unet=networks["unet"],
-        text_encoder=networks["text_encoder"],
-        vae=networks["vae"],
-        tokenizer=build_tokenizer(files),
-        files=files,
-        source=source,
-    )
+        _fill(network, fitted(part, network, weights[part], source))
+    return Models(**networks, tokenizer=build_tokenizer(files), files=files, source=source, told=told)
 
 
-def empty_networks(files: ModelFiles) -> dict[str, Any]:
-    """The three networks by name on the meta device: names and shapes without memory."""
+def empty_networks(files: ModelFiles) -> Networks:
+    """The three networks by name on the meta device: names and shapes without memory.
+
+    Raises `UserError` when a configuration describes no network.
+    """
     import torch
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    with torch.device("meta"):
-        return {
-            "unet": UNet2DConditionModel.from_config(dict(files.unet)),
-            "text_encoder": CLIPTextModel(CLIPTextConfig.from_dict(dict(files.text_encoder))),
-            "vae": AutoencoderKL.from_config(dict(files.vae)),
-        }
+    makers: dict[str, Any] = {
+        "unet": lambda: UNet2DConditionModel.from_config(dict(files.unet)),
+        "text_encoder": lambda: CLIPTextModel(CLIPTextConfig.from_dict(dict(files.text_encoder))),
+        "vae": lambda: AutoencoderKL.from_config(dict(files.vae)),
+    }
+    networks = {}
+    for part, make in makers.items():
+        try:
+            with torch.device("meta"):
+                networks[part] = make()
+        # The configuration is a stranger's; the libraries check little of it and raise what comes.
+        except Exception as error:  # noqa: BLE001
+            reason = printable(str(error).splitlines()[0] if str(error) else type(error).__name__)
+            raise UserError(f"the configuration of {part} describes no network: {reason}") from None
+    return networks
+
+
+def disk_names(networks: Networks) -> dict[str, list[str]]:
+    """The names on disk of every tensor of the three networks."""
+    return {part: [disk_name(part, name) for name in network.state_dict()] for part, network in networks.items()}
 
 
 def build_tokenizer(files: ModelFiles) -> CLIPTokenizer:
@@ -141,64 +155,55 @@ def build_tokenizer(files: ModelFiles) -> CLIPTokenizer:
         return CLIPTokenizer.from_pretrained(scratch, local_files_only=True)
 
 
-def _fill(network: nn.Module, tensors: Mapping[str, Tensor], name: str) -> None:
-    """Replace the meta tensors of `network` by fp32 copies of `tensors`, which may be views of a file."""
+def fitted(part: str, network: nn.Module, tensors: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+    """`tensors` under the names `network` has in memory, every one of the right shape and finite, still views of files.
+
+    Raises `UserError` that names what is missing, left over, of another shape, or damaged.
+    """
+    name = f"{source}: {part}"
+    state = network.state_dict()
+    spelt = {disk_name(part, key): key for key in state}
+    given = {disk_name(part, key): tensor for key, tensor in tensors.items() if not key.endswith("position_ids")}
+    strays = {"missing": sorted(set(spelt) - set(given)), "unexpected": sorted(set(given) - set(spelt))}
+    listed = [
+        f"{len(keys)} {word} ({', '.join(map(printable, keys[:3]))}{', ...' if len(keys) > 3 else ''})"
+        for word, keys in strays.items()
+        if keys
+    ]
+    if listed:
+        raise UserError(f"{printable(name)}: the weights do not fit the configuration: {'; '.join(listed)}")
+    return {ours: _fitting(ours, given[disk], state[ours], name) for disk, ours in spelt.items()}
+
+
+def _fitting(key: str, tensor: Tensor, expected: Tensor, name: str) -> Tensor:
+    if tensor.shape == (*expected.shape, 1, 1):
+        tensor = tensor[..., 0, 0]  # attention of the VAE was once stored as 1x1 convolutions
+    if tensor.shape != expected.shape:
+        raise UserError(
+            f"{printable(name)}: {key} has shape {tuple(tensor.shape)} where {tuple(expected.shape)} is expected; "
+            f"configuration and weights come from different models"
+        )
+    if not tensor.is_floating_point():
+        raise UserError(f"{printable(name)}: {key} holds {tensor.dtype}, which are no weights")
+    require_finite(key, tensor, name)
+    return tensor
+
+
+def _fill(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Replace the meta tensors of `network` by fp32 copies of `tensors`."""
     import torch
 
-    ours = match_names(network, tensors, name)
-    state = {}
-    for key, expected in network.state_dict().items():
-        tensor = ours.pop(key)
-        if tensor.shape != expected.shape:
-            # Attention of the VAE was once stored as 1x1 convolutions.
-            if tensor.shape != (*expected.shape, 1, 1):
-                raise UserError(
-                    f"{printable(name)}: {key} has shape {tuple(tensor.shape)} where {tuple(expected.shape)} is "
-                    f"expected; configuration and weights come from different models"
-                )
-            tensor = tensor[..., 0, 0]
-        if not tensor.is_floating_point():
-            raise UserError(f"{printable(name)}: {key} holds {tensor.dtype}, which are no weights")
-        require_finite(key, tensor, name)
-        state[key] = tensor.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-    network.load_state_dict(state, strict=True, assign=True)
-    for buffer_name, buffer in network.named_buffers():
+    copies = {
+        key: tensor.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        for key, tensor in tensors.items()
+    }
+    network.load_state_dict(copies, strict=True, assign=True)
+    for name, buffer in network.named_buffers():
         if buffer.is_meta:
-            assert buffer_name.endswith("position_ids"), buffer_name
-            module = network.get_submodule(buffer_name.rpartition(".")[0])
-            module.position_ids = torch.arange(buffer.shape[-1]).expand(buffer.shape)
+            assert name.endswith("position_ids"), name
+            home = network.get_submodule(name.rpartition(".")[0])
+            home.position_ids = torch.arange(buffer.shape[-1]).expand(buffer.shape)
     network.requires_grad_(False).eval()
-
-
-def match_names(network: nn.Module, tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
-    """`tensors` under the names that `network` uses; `UserError` that lists what is missing or left over."""
-    wanted = set(network.state_dict())
-    ours = {_our_name(key, wanted): tensor for key, tensor in tensors.items() if not key.endswith("position_ids")}
-    missing, unexpected = sorted(wanted - set(ours)), sorted(set(ours) - wanted)
-    if missing or unexpected:
-        parts = [
-            f"{len(keys)} {word} ({', '.join(map(printable, keys[:3]))}{', ...' if len(keys) > 3 else ''})"
-            for word, keys in (("missing", missing), ("unexpected", unexpected))
-            if keys
-        ]
-        raise UserError(f"{printable(name)}: the weights do not fit the configuration: {'; '.join(parts)}")
-    return ours
-
-
-_OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-
-
-def _our_name(key: str, wanted: set[str]) -> str:
-    """`key` as this version of Transformers and Diffusers spells it."""
-    if key in wanted:
-        return key
-    for spelling in (key.removeprefix(PREFIX), PREFIX + key):
-        if spelling in wanted:
-            return spelling
-    module, _, leaf = key.rpartition(".")
-    parent, _, last = module.rpartition(".")
-    modern = f"{parent}.{_OLD_ATTENTION.get(last, last)}.{leaf}"
-    return modern if modern in wanted else key
 
 
 def noise_scheduler(models: Models, name: str = "ddpm", zero_terminal_snr: bool = False) -> SchedulerMixin:
@@ -266,16 +271,6 @@ def final_layer_norm(text_encoder: nn.Module) -> nn.Module:
 
 
 def describe(models: Models, *, zero_terminal_snr: bool = False) -> ModelFiles:
-    """All that an export needs besides tensors, the scheduler marked with how the model was trained.
-
-    A class of scheduler that cannot end in pure noise (PNDM) gives way to DDIM when `zero_terminal_snr` asks for it.
-    """
-    config = dict(models.scheduler_config) | {"prediction_type": models.prediction_type}
-    if zero_terminal_snr or models.zero_terminal_snr:
-        known = config.get("_class_name") in ZERO_SNR_SCHEDULERS
-        config |= {
-            "_class_name": config["_class_name"] if known else "DDIMScheduler",
-            "rescale_betas_zero_snr": True,
-            "timestep_spacing": "trailing",
-        }
-    return replace(models.files, scheduler=config)
+    """All that an export needs besides tensors, the scheduler marked with how the model was trained."""
+    zero_snr = zero_terminal_snr or models.zero_terminal_snr
+    return replace(models.files, scheduler=mark_scheduler(models.scheduler_config, models.prediction_type, zero_snr))

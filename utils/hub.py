@@ -1,0 +1,172 @@
+"""Models by Hugging Face repository id: from the cache when it is whole, else downloaded, file by chosen file."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any, NoReturn
+
+from utils.errors import TryLaterError, UserError, printable
+from utils.model_files import COMPONENTS, TOKENIZER_FILES
+from utils.weights import VARIANTS, WEIGHT_STEMS, weight_names
+
+_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
+SETTINGS = (
+    *(f"{part}/config.json" for part in COMPONENTS),
+    "scheduler/scheduler_config.json",
+)
+
+
+def looks_like_id(source: str) -> bool:
+    """Whether `source` has the form `organisation/name` of a repository."""
+    return _ID.fullmatch(source) is not None and ".." not in source
+
+
+def model_snapshot(repository: str, *, revision: str | None = None, variant: str | None = None) -> Path:
+    """The local folder of the Diffusers model `repository`, such as `stabilityai/stable-diffusion-2-1`.
+
+    The cache is asked first: a model that lies there whole is used without a network and does not change behind the
+    user's back. Otherwise only the files that are needed are downloaded. HF_TOKEN comes from the environment alone.
+
+    Args:
+        repository: the id.
+        revision: a branch, tag or commit; `None` is the main branch.
+        variant: such as "fp16"; `None` prefers full precision.
+
+    Raises `UserError` when it is missing, gated or no Diffusers model, `TryLaterError` when it cannot be reached.
+    """
+    cached = _cached_folder(repository, "unet/config.json", revision, parents=2)
+    if cached is not None and _wanting(_listing(cached), variant) is None:
+        return cached
+    names = _remote_listing(repository, revision)
+    wanting = _wanting(names, variant)
+    if wanting is not None:
+        _refuse(repository, names, wanting)
+    from huggingface_hub import snapshot_download
+
+    chosen = sorted(_chosen(names, variant))
+    try:
+        folder = snapshot_download(repository, revision=revision, allow_patterns=chosen, token=_token())
+    except Exception as error:  # noqa: BLE001 - whatever the HTTP library of this version raises
+        _explain(error, repository, revision)
+    return Path(folder)
+
+
+def hub_file(repository: str, name: str) -> Path:
+    """The local path of one file of `repository`, downloaded when it is not in the cache."""
+    cached = _cached_folder(repository, name, None, parents=1)
+    if cached is not None:
+        return cached / name
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(repository, name, token=_token()))
+    except Exception as error:  # noqa: BLE001 - as above
+        _explain(error, repository, None)
+
+
+def _token() -> str | bool:
+    # False keeps the library from sending a token that some other program left in the home folder.
+    return os.environ.get("HF_TOKEN", "").strip() or False
+
+
+def _cached_folder(repository: str, name: str, revision: str | None, *, parents: int) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(repository, name, revision=revision)
+    return Path(found).parents[parents - 1] if isinstance(found, str) else None
+
+
+def _listing(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def _remote_listing(repository: str, revision: str | None) -> set[str]:
+    from huggingface_hub import HfApi
+
+    try:
+        return set(HfApi(token=_token()).list_repo_files(repository, revision=revision))
+    except Exception as error:  # noqa: BLE001 - as above
+        _explain(error, repository, revision)
+
+
+def _chosen(names: Collection[str], variant: str | None) -> set[str]:
+    """The files to have: settings, tokenizer, and of the weights one format in one precision."""
+    wanted = {*SETTINGS, "model_index.json", *(f"tokenizer/{name}" for name in TOKENIZER_FILES)}
+    chosen = wanted & set(names)
+    for part in COMPONENTS:
+        chosen |= {f"{part}/{name}" for name in _weights(names, part, variant) or ()}
+    return chosen
+
+
+def _weights(names: Collection[str], part: str, variant: str | None) -> list[str] | None:
+    here = {name.removeprefix(f"{part}/") for name in names if name.startswith(f"{part}/")}
+    return weight_names(here, WEIGHT_STEMS[part], variant)
+
+
+def _wanting(names: Collection[str], variant: str | None) -> str | None:
+    """What a folder with the files `names` lacks to be a model, or `None`."""
+    for name in SETTINGS:
+        if name not in names:
+            return name
+    for part in COMPONENTS:
+        if _weights(names, part, variant) is None:
+            return f"weights of {part}/" + (f" in variant {variant}" if variant is not None else "")
+    if "tokenizer/tokenizer.json" not in names and not {"tokenizer/vocab.json", "tokenizer/merges.txt"} <= set(names):
+        return "tokenizer/vocab.json"
+    return None
+
+
+def _refuse(repository: str, names: Collection[str], wanting: str) -> NoReturn:
+    shown = printable(repository)
+    singles = sorted(name for name in names if "/" not in name and name.endswith((".safetensors", ".ckpt")))
+    if singles:
+        raise UserError(
+            f"{shown} is no Diffusers model (it has no {wanting}) but holds single files: "
+            f"{', '.join(map(printable, singles[:5]))}; download one and name its path"
+        )
+    found = [str(variant) for variant in VARIANTS[1:] if any(f".{variant}." in name for name in names)]
+    hint = f"; it has the variants {', '.join(found)}" if found else ""
+    raise UserError(f"{shown} is no complete Diffusers model: it has no {printable(wanting)}{hint}")
+
+
+def _explain(error: Exception, repository: str, revision: str | None) -> NoReturn:
+    """Raise what went wrong between us and the Hub in words; nothing of the request is repeated, it holds the token."""
+    from huggingface_hub import errors
+
+    name = printable(repository)
+    page = f"https://huggingface.co/{name}"
+    response: Any = getattr(error, "response", None)
+    status = getattr(response, "status_code", None)
+    if isinstance(error, errors.GatedRepoError):
+        raise UserError(f"{name} is gated: accept its terms at {page}, then set HF_TOKEN in the environment") from None
+    if isinstance(error, errors.RevisionNotFoundError):
+        raise UserError(f"{name} has no revision {printable(revision)!r}; see {page}/refs") from None
+    if isinstance(error, errors.RepositoryNotFoundError) or status == 401:
+        raise UserError(
+            f"there is no folder, file or Hugging Face model {name}; check the spelling, or set HF_TOKEN in the "
+            f"environment if it is private"
+        ) from None
+    if isinstance(error, errors.EntryNotFoundError) and status == 404:
+        raise UserError(f"{name} lacks a file that every model of its kind has; see {page}/tree/main") from None
+    if isinstance(error, errors.OfflineModeIsEnabled) or errors.OfflineModeIsEnabled in map(type, _causes(error)):
+        raise UserError(
+            f"{name} is not, or only partly, in the cache and HF_HUB_OFFLINE is set: unset it once to download the "
+            f"model, or name a local folder or file"
+        ) from None
+    reason = f"status {status}" if status is not None else type(error).__name__
+    raise TryLaterError(
+        f"{name} is not, or only partly, in the cache and could not be downloaded ({reason}): check the network and "
+        f"the free space of the cache, or name a local folder or file"
+    ) from None
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    found: list[BaseException] = []
+    current: BaseException | None = error
+    while current is not None and current not in found:
+        found.append(current)
+        current = current.__cause__ if current.__cause__ is not None else current.__context__
+    return found

@@ -1,0 +1,186 @@
+"""Single files in the original layout: the kind of model they hold, what it predicts, and its parts by our names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from utils.errors import UserError, printable
+from utils.keymap import SD1_TEXT_HOME, SD2_TEXT_HOME, TEXT_PREFIX, UNET_HOME, VAE_HOME, key_map
+from utils.model_files import ModelFiles, check_model_files, mark_scheduler
+from utils.presets import preset
+from utils.weights import read_header, read_weights, require_file
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+V_MARKER, ZERO_SNR_MARKER = "v_pred", "ztsnr"
+EMA_HOME = "model_ema.diffusion_model"
+FIRST_CONVOLUTION = f"{UNET_HOME}input_blocks.0.0.weight"
+CONTEXT_KEY = "attn2.to_k.weight"
+# In v-prediction models of the SD 2 family these biases have spread, in the others they have not; ComfyUI decides so.
+TELLTALE, TELLTALE_STD = f"{UNET_HOME}output_blocks.11.1.transformer_blocks.0.norm1.bias", 0.09
+STATED = {"v": "v_prediction", "v_prediction": "v_prediction", "epsilon": "epsilon", "eps": "epsilon"}
+CHANNELS = {9: "an inpainting model", 8: "an image editing model", 5: "a depth model", 7: "an upscaler"}
+MAX_YAML_BYTES = 1 << 16
+
+
+@dataclass(frozen=True, slots=True)
+class SingleFile:
+    """A single file, opened and recognised.
+
+    Args:
+        path: where it lies.
+        tensors: all of them, under the names of the file.
+        files: configurations without tokenizer, the scheduler marked with what was found.
+        told: one line on what was recognised, and by what.
+    """
+
+    path: Path
+    tensors: Mapping[str, Tensor]
+    files: ModelFiles
+    told: str
+
+
+def open_single_file(
+    path: Path, *, prediction_type: str | None = None, base: ModelFiles | None = None, ema: bool = False
+) -> SingleFile:
+    """Open and recognise the single file `path`; tensors are read on use.
+
+    Args:
+        path: `.safetensors`, or a torch pickle, from which no code is run.
+        prediction_type: overrides what is found; `None` finds it.
+        base: configurations to use in place of those of the family, for models of unusual size.
+        ema: take the averaged UNet of files that hold both.
+
+    Raises `UserError` when it is no Stable Diffusion 1.x or 2.x, or lacks a part.
+    """
+    tensors = _settle(read_weights(path), path, ema)
+    _refuse_strangers(tensors, path)
+    kind = base.kind if base is not None else _kind(tensors, path)
+    found, how = _prediction(tensors, path, kind, base)
+    if prediction_type is not None:
+        found, how = prediction_type, "as you said"
+    files = base if base is not None else preset(kind, found)
+    zero_snr = ZERO_SNR_MARKER in tensors or files.zero_terminal_snr
+    files = replace(files, scheduler=mark_scheduler(files.scheduler, found, zero_snr))
+    check_model_files(files, str(path))
+    family = "Stable Diffusion 2.x" if kind == "sd2" else "Stable Diffusion 1.x"
+    snr = ", zero terminal SNR" if zero_snr else ""
+    return SingleFile(path, tensors, files, f"{printable(path.name)}: {family}, {found} ({how}){snr}")
+
+
+def split(single: SingleFile, names: Mapping[str, Iterable[str]]) -> dict[str, dict[str, Tensor]]:
+    """The three parts of `single` under the disk names `names` of its networks.
+
+    Raises `UserError` that lists tensors which are missing, or in the UNet left over.
+    """
+    entries = key_map(single.files, names)
+    missing = sorted(entry.name for entry in entries if entry.name not in single.tensors)
+    known = {entry.name for entry in entries}
+    strays = sorted(name for name in single.tensors if name.startswith(UNET_HOME) and name not in known)
+    for word, keys in (("lacks", missing), ("holds", strays)):
+        if keys:
+            shown = ", ".join(map(printable, keys[:3])) + (", ..." if len(keys) > 3 else "")
+            reason = "which a model of this kind has" if word == "lacks" else "which no model of this kind has"
+            raise UserError(f"{printable(single.path)} {word} {len(keys)} tensors {reason}: {shown}")
+    parts: dict[str, dict[str, Tensor]] = {"unet": {}, "text_encoder": {}, "vae": {}}
+    for entry in entries:
+        tensor = single.tensors[entry.name]
+        if entry.as_conv and tensor.dim() == 4 and tensor.shape[2:] == (1, 1):
+            tensor = tensor[..., 0, 0]
+        if len(entry.sources) > 1 and (tensor.dim() == 0 or tensor.shape[0] % len(entry.sources)):
+            raise UserError(f"{printable(single.path)}: {entry.name} has shape {tuple(tensor.shape)}, not three in one")
+        pieces = tensor.chunk(len(entry.sources)) if len(entry.sources) > 1 else (tensor,)
+        parts[entry.part].update(zip(entry.sources, pieces, strict=True))
+    return parts
+
+
+def _settle(tensors: Mapping[str, Tensor], path: Path, ema: bool) -> dict[str, Tensor]:
+    """The tensors with the spellings of older programs, and the EMA copy where it is wanted, under the usual names."""
+    names = list(tensors)
+    if ema or not any(name.startswith(UNET_HOME) for name in names):
+        averaged = [name for name in names if name.startswith(EMA_HOME)]
+        if ema and not averaged:
+            raise UserError(f"{printable(path)} holds no EMA weights")
+        # The EMA copy's names have lost their dots; the plain ones tell where they were.
+        plain = {f"model_ema.{name.removeprefix('model.').replace('.', '')}": name for name in names}
+        tensors = {**tensors, **{plain[name]: tensors[name] for name in averaged if name in plain}}
+    return {_spelling(name): tensor for name, tensor in tensors.items()}
+
+
+def _spelling(name: str) -> str:
+    if name.startswith("conditioner.embedders.0."):  # SD 1 and 2 as saved by the generative-models code
+        name = "cond_stage_model." + name.removeprefix("conditioner.embedders.0.")
+    if name.startswith(SD1_TEXT_HOME) and not name.startswith(SD1_TEXT_HOME + TEXT_PREFIX):
+        return SD1_TEXT_HOME + TEXT_PREFIX + name.removeprefix(SD1_TEXT_HOME)
+    return name
+
+
+def _refuse_strangers(tensors: Mapping[str, Tensor], path: Path) -> None:
+    name = printable(path)
+    if any(key.startswith(("lora_", "unet.lora", "base_model.")) or ".lora_" in key for key in tensors):
+        raise UserError(f"{name} is a LoRA, a set of changes to a model; take the model it belongs to")
+    if any(key.startswith(("conditioner.embedders.1.", f"{UNET_HOME}label_emb.")) for key in tensors):
+        raise UserError(f"{name} is an SDXL model; only Stable Diffusion 1.x and 2.x can be trained so far")
+    first = tensors.get(FIRST_CONVOLUTION)
+    if first is None or first.dim() != 4:
+        raise UserError(
+            f"{name} is no Stable Diffusion 1.x or 2.x in the original layout: it has no {FIRST_CONVOLUTION}"
+        )
+    if first.shape[1] != 4:
+        what = CHANNELS.get(first.shape[1], "no text-to-image model")
+        raise UserError(f"{name} is {what} ({first.shape[1]} input channels), which cannot be trained here")
+    parts = {"VAE": (VAE_HOME,), "text encoder": (SD1_TEXT_HOME, SD2_TEXT_HOME)}
+    for part, homes in parts.items():
+        if not any(key.startswith(homes) for key in tensors):
+            raise UserError(f"{name} holds no {part}; take the whole model")
+
+
+def _kind(tensors: Mapping[str, Tensor], path: Path) -> str:
+    widths = {tensor.shape[-1] for key, tensor in tensors.items() if key.endswith(CONTEXT_KEY) and tensor.dim() == 2}
+    kinds = {(768,): "sd1", (1024,): "sd2"}
+    kind = kinds.get(tuple(widths))  # type: ignore[arg-type]
+    if kind is None:
+        raise UserError(
+            f"{printable(path)} has an unusual text width ({', '.join(map(str, sorted(widths)))}); name a Diffusers "
+            f"folder of the same shape as model_config"
+        )
+    return kind
+
+
+def _prediction(tensors: Mapping[str, Tensor], path: Path, kind: str, base: ModelFiles | None) -> tuple[str, str]:
+    """What the UNet predicts, and what says so: the file before its neighbours before a guess."""
+    if path.suffix == ".safetensors":
+        metadata = read_header(path).get("__metadata__")
+        stated = metadata.get("modelspec.prediction_type") if isinstance(metadata, dict) else None
+        if isinstance(stated, str) and stated in STATED:
+            return STATED[stated], "by the file's metadata"
+    if V_MARKER in tensors:
+        return "v_prediction", f"by the marker {V_MARKER}"
+    from_yaml = _parameterization(path.with_suffix(".yaml"))
+    if from_yaml is not None:
+        return from_yaml, f"by {printable(path.with_suffix('.yaml').name)}"
+    if base is not None:
+        return base.prediction_type, "by model_config"
+    telltale = tensors.get(TELLTALE)
+    if kind == "sd2" and telltale is not None:
+        spread = float(telltale.float().std(unbiased=False))
+        return ("v_prediction" if spread > TELLTALE_STD else "epsilon"), "by its weights; prediction_type overrides"
+    return "epsilon", "as all of its kind"
+
+
+def _parameterization(path: Path) -> str | None:
+    if not path.is_file():
+        return None
+    import yaml
+
+    require_file(path, MAX_YAML_BYTES)
+    try:
+        content: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+        stated = content["model"]["params"].get("parameterization", "eps")
+    except (yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+    return STATED.get(stated) if isinstance(stated, str) else None

@@ -1,0 +1,130 @@
+"""Where a model comes from: a Diffusers folder, a single file or a repository becomes configurations and tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from utils.errors import UserError, printable
+from utils.model_files import COMPONENTS, ModelFiles, mark_scheduler, read_model_files, read_tokenizer_files
+from utils.weights import folder_weights, require_file
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SINGLE_ENDINGS = (".safetensors", ".ckpt", ".pt", ".bin", ".pth")
+Names = Mapping[str, list[str]]
+Parts = Mapping[str, Mapping[str, "Tensor"]]
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What the user said about the model to be read.
+
+    Args:
+        variant: of a Diffusers folder or repository, such as "fp16".
+        revision: of a repository.
+        prediction_type: "epsilon" or "v_prediction", overriding what the model says or its weights tell.
+        model_config: a Diffusers folder or repository whose configurations and tokenizer describe a single file.
+        ema: take the averaged UNet of a single file that holds both.
+    """
+
+    variant: str | None = None
+    revision: str | None = None
+    prediction_type: str | None = None
+    model_config: str | None = None
+    ema: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A model on disk.
+
+    Args:
+        name: as the user gave it.
+        files: its configurations and tokenizer.
+        parts: given the names on disk of the tensors of its networks, the tensors by part, as views of the files.
+        told: one line on what it is, and what says so.
+    """
+
+    name: str
+    files: ModelFiles
+    parts: Callable[[Names], Parts]
+    told: str
+
+
+def read_source(source: str | Path, wanted: Wanted | None = None, *, tokenizer: bool = True) -> Source:
+    """The model `source`: a Diffusers folder, a single file, or a Hugging Face repository id.
+
+    Nothing is written but the Hub's own cache. Without `tokenizer`, the tokenizer of a single file is not looked for.
+    Raises `UserError` that says what is wrong with it and what to do.
+    """
+    wanted = wanted if wanted is not None else Wanted()
+    path = Path(source)
+    if path.is_file() or (path.suffix in SINGLE_ENDINGS and not path.is_dir()):
+        require_file(path)
+        return _read_single(path, wanted, tokenizer)
+    return _read_folder(local_folder(str(source), wanted), str(source), wanted)
+
+
+def local_folder(source: str, wanted: Wanted) -> Path:
+    """The folder `source`, or that of the repository of this name; `UserError` when there is neither."""
+    from utils.hub import looks_like_id, model_snapshot
+
+    folder = Path(source)
+    if folder.is_dir():
+        return folder
+    if not looks_like_id(source):
+        raise UserError(
+            f"there is no model {printable(source)}: name a Diffusers folder, a .safetensors or .ckpt file, or a "
+            f"Hugging Face id such as stable-diffusion-v1-5/stable-diffusion-v1-5"
+        )
+    return model_snapshot(source, revision=wanted.revision, variant=wanted.variant)
+
+
+def _read_folder(folder: Path, source: str, wanted: Wanted) -> Source:
+    files = read_model_files(folder)
+    how = "by its scheduler"
+    if wanted.prediction_type is not None:
+        marked = mark_scheduler(files.scheduler, wanted.prediction_type, files.zero_terminal_snr)
+        files, how = replace(files, scheduler=marked), "as you said"
+    weights = {part: folder_weights(folder / part, part, wanted.variant) for part in COMPONENTS}
+    family = "Stable Diffusion 2.x" if files.kind == "sd2" else "Stable Diffusion 1.x"
+    snr = ", zero terminal SNR" if files.zero_terminal_snr else ""
+    return Source(
+        source, files, lambda _: weights, f"{printable(source)}: {family}, {files.prediction_type} ({how}){snr}"
+    )
+
+
+def _read_single(path: Path, wanted: Wanted, tokenizer: bool) -> Source:
+    from utils.single_file import open_single_file, split
+
+    folder = local_folder(wanted.model_config, Wanted()) if wanted.model_config is not None else None
+    base = read_model_files(folder) if folder is not None else None
+    single = open_single_file(path, prediction_type=wanted.prediction_type, base=base, ema=wanted.ema)
+    files = single.files
+    if tokenizer and base is None:
+        files = replace(files, tokenizer=_find_tokenizer(path, files.kind))
+    return Source(str(path), files, partial(split, single), single.told)
+
+
+def _find_tokenizer(path: Path, kind: str) -> dict[str, bytes]:
+    """The tokenizer for a single file: from a folder `tokenizer` beside it, else OpenAI's, which both kinds share."""
+    from utils.hub import hub_file
+    from utils.presets import TOKENIZER_REPOSITORY, tokenizer_settings
+
+    beside = path.parent / "tokenizer"
+    if beside.is_dir():
+        return read_tokenizer_files(beside)
+    try:
+        found = {name: hub_file(TOKENIZER_REPOSITORY, name).read_bytes() for name in ("vocab.json", "merges.txt")}
+    except UserError as error:
+        raise type(error)(
+            f"{printable(path.name)} brings no tokenizer, as no single file does, and that of {TOKENIZER_REPOSITORY} "
+            f"is not to be had: {error}. Or put a folder `tokenizer` with vocab.json and merges.txt beside the file, "
+            f"or name a Diffusers folder of the same kind as model_config"
+        ) from None
+    return found | tokenizer_settings(kind)
