@@ -1,0 +1,71 @@
+"""Advice on a data set, in plain words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from data.buckets import MAX_RATIO
+from data.item import Bucket
+from data.plan import Placed
+
+_NAMED = {"1:1": 1.0, "5:4": 1.25, "4:3": 4 / 3, "3:2": 1.5, "16:10": 1.6, "16:9": 16 / 9, "2:1": 2.0, "21:9": 21 / 9}
+_NAMED |= {"3:1": 3.0, "4:1": 4.0}
+_MUCH = 0.10
+
+
+class Use(Protocol):
+    """What advice needs to know of a bucket."""
+
+    bucket: Bucket
+    images: int
+    lost: float
+    enlarged: int
+
+
+def advice(placed: Sequence[Placed], uses: Sequence[Use], updates: Sequence[int]) -> list[str]:
+    """Sentences on what would make more of this data; none when nothing stands out."""
+    return [*_extreme(placed), *_cropped(uses), *_enlarged(placed, uses), *_few(placed, updates)]
+
+
+def shape_name(width: float, height: float) -> str:
+    """The usual name of the nearest aspect ratio, the longer side first."""
+    ratio = max(width, height) / min(width, height)
+    return min(_NAMED, key=lambda name: max(ratio / _NAMED[name], _NAMED[name] / ratio))
+
+
+def _extreme(placed: Sequence[Placed]) -> list[str]:
+    beyond = [item for item, _ in placed if not 1 / (MAX_RATIO * 1.1) <= item.width / item.height <= MAX_RATIO * 1.1]
+    if not beyond:
+        return []
+    verb = "picture is" if len(beyond) == 1 else "pictures are"
+    return [
+        f"{len(beyond):,} {verb} longer than {MAX_RATIO:g}:1 and lose the ends; cut them into several pictures yourself"
+    ]
+
+
+def _cropped(uses: Sequence[Use]) -> list[str]:
+    sentences = []
+    for use in uses:
+        loss = use.lost / use.images
+        if loss > _MUCH:
+            shape = shape_name(*use.bucket)
+            sentences.append(
+                f"{use.images:,} pictures near {shape} lose {100 * loss:.0f} % in {use.bucket.width} x "
+                f"{use.bucket.height}; `buckets` = fitted or a smaller bucket_step keeps more of them"
+            )
+    return sentences
+
+
+def _enlarged(placed: Sequence[Placed], uses: Sequence[Use]) -> list[str]:
+    enlarged = sum(use.enlarged for use in uses)
+    if enlarged <= _MUCH * len(placed):
+        return []
+    share = 100 * enlarged / len(placed)
+    return [f"{share:.0f} % of the pictures are enlarged, which teaches blur; use larger files or a lower resolution"]
+
+
+def _few(placed: Sequence[Placed], updates: Sequence[int]) -> list[str]:
+    if not placed or not updates or max(updates) > 1:
+        return []
+    return ["an epoch is a single update; a smaller batch_size or grad_accum gives the optimizer more steps"]
