@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import random
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from random import getstate, setstate
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -23,9 +23,9 @@ def undisturbed(*modules: nn.Module, device: torch.device | str = "cpu") -> Iter
 
     kind = torch.device(device)
     modes = [(part, part.training) for module in modules for part in module.modules()]
-    python_state = random.getstate()
-    numpy = sys.modules.get("numpy")
-    numpy_state = numpy.random.get_state() if numpy is not None else None
+    python_state = getstate()
+    numpy = sys.modules.get("numpy.random")
+    numpy_state = None if numpy is None else numpy.get_state()
     try:
         with torch.random.fork_rng(devices=[] if kind.type == "cpu" else [kind]), torch.no_grad():
             for module in modules:
@@ -34,9 +34,9 @@ def undisturbed(*modules: nn.Module, device: torch.device | str = "cpu") -> Iter
     finally:
         for part, training in modes:
             part.training = training
-        random.setstate(python_state)
+        setstate(python_state)
         if numpy is not None:
-            numpy.random.set_state(numpy_state)
+            numpy.set_state(numpy_state)
 
 
 @contextmanager
