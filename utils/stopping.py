@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from multiprocessing import resource_tracker
 from types import FrameType
 from typing import Any, Literal, Self
 
@@ -109,14 +110,18 @@ def ignore_in_worker(_worker_id: int = 0) -> None:
 
 
 @contextmanager
-def workers_start() -> Iterator[None]:
+def workers_start(method: str | None = None) -> Iterator[None]:
     """Start worker processes inside this block: they are deaf from birth, and no signal to this process is lost.
 
     Blocked signals are inherited, so a signal that comes before a worker reaches `ignore_in_worker` waits there.
+    `method` is how they are started ("fork", "spawn"); `None` is the way of this platform.
     """
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
+    if (multiprocessing.get_start_method() if method is None else method) != "fork":
+        # The first spawn starts this helper, which unblocks the signals again; it must be there before.
+        resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _stop_signals())
     try:
         yield

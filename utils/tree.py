@@ -46,8 +46,12 @@ class _Writer:
 
     @staticmethod
     def _scalar(value: Any, path: str) -> Any:
-        if value is None or isinstance(value, str | bool):
+        if value is None or isinstance(value, bool):
             return value
+        if isinstance(value, str):
+            # JSON would join two lone surrogates (bytes of file names that are no UTF-8) into one character.
+            odd = any("\ud800" <= c <= "\udfff" for c in value)
+            return {"text": value.encode("utf-8", "surrogatepass").hex()} if odd else value
         if isinstance(value, int):
             # Other readers of JSON round what does not fit a double, and Python refuses very long numerals.
             return value if abs(value) <= _PLAIN_INT else {"int": hex(value)}
@@ -127,6 +131,8 @@ def _read(node: Any, tensors: Any) -> Tree:
         return tuple(_read(item, tensors) for item in node["tuple"])
     if "int" in node:
         return int(node["int"], 16)
+    if "text" in node:
+        return bytes.fromhex(node["text"]).decode("utf-8", "surrogatepass")
     if "float" in node:
         return struct.unpack(">d", bytes.fromhex(node["float"]))[0]
     return _read_tensor(node, tensors)
