@@ -40,7 +40,7 @@ class Adacoor(Optimizer):
                     grad = torch.where(skip > 0, torch.zeros_like(grad), grad)
                 v = state["v"].float().addcmul_(grad, grad, value=eps)
                 state["v"].copy_(v)
-                parameter.sub_(eps * grad / (v.sqrt_() + eps))
+                parameter.sub_(eps * grad / (v.sqrt() + eps))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, which would give v the dtype of the weights."""

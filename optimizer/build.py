@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,12 +12,31 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from optimizer.libraries import make_optimizer
-from optimizer.schedules import Schedule, build_schedule
-from optimizer.settings import PartSettings
+from optimizer.schedules import Schedule
+from optimizer.settings import PartSettings, schedule_of
 from utils.errors import UserError
 from utils.optimizer_file import Freezing
+from utils.optimizer_names import FINDS_ITS_RATE, PARAMETERS
 
 _LAYER = re.compile(r"\bencoder\.layers\.(\d+)\.")
+
+
+# These measure one distance over all weights; the others treat each weight by itself.
+WHOLE = (*FINDS_ITS_RATE, "scalar_dowg")
+_GROUP_NUMBERS = 16 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """How the memory of a network under training is kept down, at a price.
+
+    Args:
+        bf16_weights: weights, gradients and moments in bf16, with stochastic rounding.
+        step_in_backward: each weight steps as soon as its gradient is there, so gradients never all exist.
+    """
+
+    bf16_weights: bool = False
+    step_in_backward: bool = False
 
 
 @dataclass(slots=True)
@@ -28,6 +47,7 @@ class Part:
         name: "unet" or "text_encoder".
         parameters: those that train, by name.
         optimizer_name: as in the optimizer file.
+        optimizers: one over all parameters; or, to save memory, one for each few of them.
         rate: the full learning rate, to which the schedule's factor applies.
     """
 
@@ -35,10 +55,11 @@ class Part:
     module: nn.Module
     parameters: dict[str, nn.Parameter]
     optimizer_name: str
-    optimizer: Optimizer
+    optimizers: list[Optimizer]
     schedule: Schedule
     rate: float
     options: Mapping[str, Any] = field(default_factory=dict)
+    memory: Memory = Memory()
 
     def lr_at(self, done: int) -> float:
         """The learning rate of the update after `done` others."""
@@ -51,12 +72,12 @@ class Part:
         """
         if self.optimizer_name != "adamw_schedulefree":
             return {name: parameter.detach() for name, parameter in self.parameters.items()}
-        beta1 = self.optimizer.param_groups[0]["betas"][0]
+        z = {p: state["z"] for optimizer in self.optimizers for p, state in optimizer.state.items() if "z" in state}
+        beta1 = self.optimizers[0].param_groups[0]["betas"][0]
         answer = {}
         for name, parameter in self.parameters.items():
-            z = self.optimizer.state.get(parameter, {}).get("z")
             live = parameter.detach()
-            answer[name] = live if z is None else torch.lerp(live, z.to(live), 1 - 1 / beta1)
+            answer[name] = torch.lerp(live, z[parameter], 1 - 1 / beta1) if parameter in z else live
         return answer
 
 
@@ -68,6 +89,7 @@ def build_part(
     *,
     total_updates: int,
     device_type: str,
+    memory: Memory = Memory(),
 ) -> Part:
     """`module` with gradients asked for where it trains and nowhere else, and an optimizer for those weights alone.
 
@@ -75,6 +97,7 @@ def build_part(
         module: on its device already.
         freezing: of the text encoder; `Freezing()` trains everything.
         device_type: "cuda" or "cpu"; decides the optimizer when the settings name none.
+        memory: bf16 turns all of `module` to bf16.
 
     Raises:
         UserError: the optimizer cannot be had here, or nothing is left to train.
@@ -86,17 +109,39 @@ def build_part(
             f"use disable_textenc_training for that"
         )
     optimizer_name = default_optimizer(device_type) if settings.optimizer is None else settings.optimizer
-    optimizer = make_optimizer(optimizer_name, list(parameters.values()), settings.lr, settings.parameters)
-    schedule = build_schedule(
-        settings.lr_scheduler,
-        total_updates,
-        decay=settings.lr_decay_steps,
-        warmup=settings.lr_warmup_steps,
-        cycles=settings.lr_cycles,
-        power=settings.lr_power,
-    )
+    check_memory(memory, optimizer_name)
+    if memory.bf16_weights:
+        module.to(torch.bfloat16)
+    optimizers = [
+        make_optimizer(optimizer_name, group, settings.lr, settings.parameters)
+        for group in _groups(list(parameters.values()), memory)
+    ]
+    schedule = schedule_of(settings, total_updates)
     options = {"lr": settings.lr, "lr_scheduler": settings.lr_scheduler, **settings.parameters}
-    return Part(name, module, parameters, optimizer_name, optimizer, schedule, settings.lr, options)
+    return Part(name, module, parameters, optimizer_name, optimizers, schedule, settings.lr, options, memory)
+
+
+def check_memory(memory: Memory, optimizer_name: str) -> None:
+    """Raise `UserError` if `optimizer_name` needs to see all weights at once and `memory` cuts them up."""
+    wish = "step_in_backward" if memory.step_in_backward else "weight_dtype = bf16"
+    if (memory.bf16_weights or memory.step_in_backward) and optimizer_name in WHOLE:
+        others = ", ".join(name for name in PARAMETERS if name not in WHOLE)
+        raise UserError(f"{wish} does not go with {optimizer_name}, which looks at all weights at once; use {others}")
+
+
+def _groups(parameters: list[nn.Parameter], memory: Memory) -> Iterator[list[nn.Parameter]]:
+    """The parameters that step together: all, or so many that fp32 copies of them take little room, or one each."""
+    if not memory.bf16_weights and not memory.step_in_backward:
+        yield parameters
+        return
+    group: list[nn.Parameter] = []
+    for parameter in parameters:
+        group.append(parameter)
+        if memory.step_in_backward or sum(p.numel() for p in group) >= _GROUP_NUMBERS:
+            yield group
+            group = []
+    if group:
+        yield group
 
 
 def default_optimizer(device_type: str) -> str:

@@ -86,6 +86,14 @@ def _bitsandbytes(name: str, class_name: str) -> Callable[[Parameters, dict[str,
     return make
 
 
+def _coordinate_dowg(parameters: Parameters, keywords: dict[str, Any]) -> Optimizer:
+    made: Optimizer = _library("dowg", "dowg", "coordinate_dowg").CoordinateDoWG(parameters, **keywords)
+    for parameter in parameters:
+        # Left to itself the library takes the weights themselves for where they started, so nothing ever moves away.
+        made.state[parameter]["x0"] = parameter.detach().to(torch.float32, copy=True)
+    return made
+
+
 def _scalar_dowg(parameters: Parameters, keywords: dict[str, Any]) -> Optimizer:
     if any(parameter.device.type != "cpu" for parameter in parameters):
         raise UserError("the package dowg computes scalar_dowg on the CPU only; use coordinate_dowg on a GPU")
@@ -135,7 +143,7 @@ _MAKERS: dict[str, Callable[[Parameters, dict[str, Any]], Optimizer]] = {
     "dadapt_adan": _from("dadaptation", "dadaptation", "dadapt_adan", "DAdaptAdan"),
     "adafactor": _adafactor,
     "adamw_schedulefree": _schedulefree,
-    "coordinate_dowg": _from("dowg", "dowg", "coordinate_dowg", "CoordinateDoWG"),
+    "coordinate_dowg": _coordinate_dowg,
     "scalar_dowg": _scalar_dowg,
     "adacoor": _adacoor,
 }

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from optimizer.schedules import Schedule, build_schedule
 from utils.config import OptimizerOptions
 from utils.optimizer_file import OptimizerFile, PartValues, given_parameters
 from utils.optimizer_names import DEFAULT_RATE, DEFAULT_RATES, FINDS_ITS_RATE, LOWEST_FACTOR, PARAMETERS
@@ -98,4 +99,16 @@ def _settings(values: PartValues, rate: float) -> PartSettings:
         lr_cycles=3 if values.lr_cycles is None else values.lr_cycles,
         lr_power=2.0 if values.lr_power is None else values.lr_power,
         parameters=parameters,
+    )
+
+
+def schedule_of(settings: PartSettings, updates: int) -> Schedule:
+    """The schedule of a network over a run of `updates`."""
+    return build_schedule(
+        settings.lr_scheduler,
+        updates,
+        decay=settings.lr_decay_steps,
+        warmup=settings.lr_warmup_steps,
+        cycles=settings.lr_cycles,
+        power=settings.lr_power,
     )

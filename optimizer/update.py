@@ -1,28 +1,24 @@
-"""The only place that changes a weight: backward passes, gradient norms, clipping, the step, and what is kept of it."""
+"""The only place that changes a weight: backward passes, gradient norms, clipping and the step."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.optim import Optimizer
+from torch import Generator, Tensor
 
 from optimizer.build import Part
 from optimizer.loss_scale import LossScale
+from optimizer.moments import load_part_state, part_state
+from optimizer.stepping import step_optimizer, takes_found_inf
 from utils.errors import UserError
 from utils.optimizer_names import FINDS_ITS_RATE
+from utils.seeding import stream_seed
 
 STATE_VERSION = 1
 _CLIP_EPSILON = 1e-6  # as torch.nn.utils.clip_grad_norm_
-
-# What optimizers that find their own rate keep beside their options: it goes on, today's options do not replace it.
-_PROGRESS = frozenset(
-    """params k d d_max d_hat d_numerator d_denom numerator_weighted gsq_weighted g0_norm sksq_weighted
-    lr_max weight_sum scheduled_lr train_mode""".split()  # noqa: SIM905
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +47,7 @@ class Updater:
     device (torch's fused ones, adacoor) cost no synchronisation; with any other one the host reads one flag an update.
 
     Args:
+        seed: of the run, for stochastic rounding.
         loss_scale: under fp16.
         sum_over_processes: where several processes share an update: the sum of a tensor over them.
     """
@@ -59,6 +56,7 @@ class Updater:
         self,
         parts: Sequence[Part],
         *,
+        seed: int,
         clip_grad_norm: float | None = None,
         loss_scale: LossScale | None = None,
         sum_over_processes: Callable[[Tensor], Tensor] | None = None,
@@ -67,19 +65,21 @@ class Updater:
         self.parts = tuple(parts)
         self.clip_grad_norm = clip_grad_norm
         self.loss_scale = loss_scale
-        self._sum = sum_over_processes
+        self._seed, self._sum = seed, sum_over_processes
         device = next(iter(self.parts[0].parameters.values())).device
         self._loss = torch.zeros((), device=device)
         self._skipped = torch.zeros(2, dtype=torch.int64, device=device)
-        self._asks_host = not all(_takes_found_inf(part.optimizer) for part in self.parts)
+        self._asks_host = not all(takes_found_inf(part.optimizers[0]) for part in self.parts)
 
-    def backward(self, losses: Tensor, image_scales: Tensor, images: int) -> None:
+    def backward(self, losses: Tensor, image_scales: Tensor, images: int, *, done: int, last: bool) -> None:
         """Add a micro-batch to the update in hand.
 
         Args:
             losses: of each image, (B,), with their graph.
             image_scales: `loss_scale` of each image, (B,).
             images: of the whole update: its loss is the mean over them, however it is cut.
+            done, last: updates before this one, and whether this is its last micro-batch; looked at by an updater
+                that steps inside the backward pass.
         """
         loss = (losses * image_scales).sum() / images
         self._loss += loss.detach()
@@ -106,11 +106,9 @@ class Updater:
         rates = {part.name: part.lr_at(done) for part in self.parts}
         if not self._asks_host or bool(applied):
             for part in self.parts:
-                _step(part, rates[part.name], found_inf)
+                self._step_part(part, done, found_inf)
         self._drop_gradients()
-        bad = (~applied).long()
-        self._skipped[0] += bad
-        self._skipped[1] = (self._skipped[1] + bad) * bad
+        self._count(found_inf)
         if self.loss_scale is not None:
             self.loss_scale.update(found_inf, done)
         self._loss = torch.zeros_like(self._loss)
@@ -125,15 +123,7 @@ class Updater:
         """What an exact resume needs besides the weights; tensors are the live ones."""
         return {
             "version": STATE_VERSION,
-            "parts": {
-                part.name: {
-                    "optimizer": part.optimizer_name,
-                    "names": list(part.parameters),
-                    "options": {name: _plain(value) for name, value in part.options.items()},
-                    "state": part.optimizer.state_dict(),
-                }
-                for part in self.parts
-            },
+            "parts": {part.name: part_state(part) for part in self.parts},
             "loss_scale": None if self.loss_scale is None else self.loss_scale.state_dict(),
             "skipped": self._skipped,
         }
@@ -151,11 +141,27 @@ class Updater:
                 f"the saved state trains {' and '.join(sorted(saved))}, this run {' and '.join(sorted(names))}; "
                 f"set disable_unet_training and disable_textenc_training as they were, or use --resume_mode weights"
             )
-        changes = [line for part in self.parts for line in _load_part(part, saved[part.name])]
+        changes = [line for part in self.parts for line in load_part_state(part, saved[part.name])]
         if self.loss_scale is not None and state["loss_scale"] is not None:
             self.loss_scale.load_state_dict(state["loss_scale"])
         self._skipped.copy_(state["skipped"])
         return changes
+
+    def _step_part(self, part: Part, done: int, found_inf: Tensor) -> None:
+        for place in range(len(part.optimizers)):
+            self._step_one(part, place, done, found_inf)
+
+    def _step_one(self, part: Part, place: int, done: int, found_inf: Tensor) -> None:
+        rate = part.lr_at(done)
+        if rate == 0 and part.optimizer_name in FINDS_ITS_RATE:
+            return  # they divide by it
+        step_optimizer(part.optimizers[place], rate, found_inf, self._rounding(part, done, place))
+
+    def _rounding(self, part: Part, done: int, place: int) -> Generator | None:
+        if not part.memory.bf16_weights:
+            return None
+        seed = stream_seed(self._seed, "rounding", done, part.name, place)
+        return Generator(self._loss.device).manual_seed(seed)
 
     def _scale_gradients(self, part: Part, norm: Tensor, inverse: Tensor | None) -> Tensor:
         """Undo the loss scale and clip, in one pass over the gradients; the norm afterwards."""
@@ -164,9 +170,13 @@ class Updater:
             clip = (self.clip_grad_norm / (norm + _CLIP_EPSILON)).clamp(max=1.0)
             factor, after = clip if inverse is None else inverse * clip, norm * clip
         if factor is not None:
-            gradients = _gradients(part)
-            torch._foreach_mul_(gradients, factor)
+            torch._foreach_mul_(list(_gradients(part)), factor)
         return after
+
+    def _count(self, found_inf: Tensor) -> None:
+        bad = found_inf.long()
+        self._skipped[0] += bad
+        self._skipped[1] = (self._skipped[1] + bad) * bad
 
     def _drop_gradients(self) -> None:
         for part in self.parts:
@@ -174,60 +184,13 @@ class Updater:
                 parameter.grad = None
 
 
-def _takes_found_inf(optimizer: Optimizer) -> bool:
-    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
-
-
-def _gradients(part: Part) -> list[Tensor]:
-    return [parameter.grad for parameter in part.parameters.values() if parameter.grad is not None]
+def _gradients(part: Part) -> Iterator[Tensor]:
+    return (parameter.grad for parameter in part.parameters.values() if parameter.grad is not None)
 
 
 def _norm(part: Part, inverse: Tensor | None) -> Tensor:
     """The norm of all gradients of `part` as one vector, without the loss scale."""
-    gradients = _gradients(part)
+    gradients = list(_gradients(part))
     assert gradients, f"no gradient has reached the {part.name}"
     norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2.0, torch.float32)))
     return norm if inverse is None else norm * inverse
-
-
-def _step(part: Part, rate: float, found_inf: Tensor) -> None:
-    optimizer = part.optimizer
-    if rate == 0 and part.optimizer_name in FINDS_ITS_RATE:
-        return  # they divide by it
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    if not _takes_found_inf(optimizer):
-        optimizer.step()
-        return
-    optimizer.grad_scale, optimizer.found_inf = None, found_inf  # type: ignore[attr-defined]
-    optimizer.step()
-    del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
-
-
-def _load_part(part: Part, saved: Mapping[str, Any]) -> list[str]:
-    label = part.name.replace("_", " ")
-    if saved["optimizer"] != part.optimizer_name:
-        raise UserError(
-            f"the saved state of the {label} is {saved['optimizer']}'s, this run uses {part.optimizer_name}; "
-            f"name {saved['optimizer']} in the optimizer file, or use --resume_mode weights"
-        )
-    if saved["names"] != list(part.parameters):
-        raise UserError(
-            f"the saved state trains {len(saved['names'])} weights of the {label}, this run {len(part.parameters)} or "
-            f"others; set text_encoder_freezing as it was, or use --resume_mode weights"
-        )
-    today = [dict(group) for group in part.optimizer.param_groups]
-    part.optimizer.load_state_dict(saved["state"])
-    for group, options in zip(part.optimizer.param_groups, today, strict=True):
-        group.update({name: value for name, value in options.items() if name not in _PROGRESS})
-    old, new = saved["options"], {name: _plain(value) for name, value in part.options.items()}
-    names = [name for name in [*old, *(name for name in new if name not in old)] if old.get(name) != new.get(name)]
-    return [f"{label}: {name} was {_word(old.get(name))}, is {_word(new.get(name))} from now on" for name in names]
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
-
-
-def _word(value: Any) -> str:
-    return "not given" if value is None else str(value)
