@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
     from utils.models import Models
 
+# Tensors by network ("unet", "text_encoder") and parameter.
+Weights = Mapping[str, Mapping[str, "Tensor"]]
+LIVE: Mapping[str, Weights] = {"": {}}
 NAME_BYTES = 120
 USER_COMMENT = 0x9286
 
@@ -48,36 +51,27 @@ class Gallery:
     device: torch.device | str = "cpu"
     autocast: Callable[[], AbstractContextManager[Any]] | None = None
 
-    def draw(
-        self,
-        update: int,
-        captions: Sequence[str],
-        *,
-        ema: Mapping[str, Mapping[str, Tensor]] | None = None,
-        plain: bool = True,
-    ) -> list[Path]:
-        """The pictures written after `update`, those of the `plain` weights first.
+    def draw(self, update: int, captions: Sequence[str], versions: Mapping[str, Weights] = LIVE) -> list[Path]:
+        """The pictures written after `update`, those of the first version first.
 
-        `captions`: of the update, for samples without a prompt. `ema`: other weights to draw with, by network
-        ("unet", "text_encoder") and parameter. What fails is logged and left out.
+        `captions`: of the update, for samples without a prompt. `versions`: the weights to draw with, by a label that
+        goes into the names ("ema"; "" for the trained ones); `{}` for networks as they are. What fails is logged.
         """
         try:
             sheet = self.plan.sheet(update, captions)
-            written = self._draw_with(update, sheet, None) if plain else []
-            return written + (self._draw_with(update, sheet, ema) if ema is not None else [])
+            return [
+                path for label, weights in versions.items() for path in self._version(update, sheet, label, weights)
+            ]
         except Exception as error:  # noqa: BLE001  a sample that fails must not end a run
             _tell(update, error)
             return []
 
-    def _draw_with(
-        self, update: int, sheet: SampleSheet, weights: Mapping[str, Mapping[str, Tensor]] | None
-    ) -> list[Path]:
+    def _version(self, update: int, sheet: SampleSheet, label: str, weights: Weights) -> list[Path]:
         written = []
         with ExitStack() as stack:
-            for name, tensors in (weights or {}).items():
+            for name, tensors in weights.items():
                 stack.enter_context(weights_swapped(getattr(self.models, name), tensors))
             for job, pictures in self._pictures(update, sheet):
-                label = "" if weights is None else "ema"
                 written.append(self._hang(update, job, sheet, strip(pictures, job.cfgs), label))
         return written
 
