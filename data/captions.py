@@ -13,10 +13,10 @@ from data.text import without_surrogates
 def parse_caption(text: str, max_length: int | None = None) -> Caption:
     """The caption in `text`: the part before the first comma is the main prompt, the others are tags.
 
-    Line ends count as spaces, empty parts are dropped, equal tags collapse.
+    Line ends and repeated spaces count as one space, empty parts are dropped, equal tags collapse.
     """
-    main_prompt, *tags = [" ".join(part.splitlines()).strip() for part in text.split(",")]
-    return Caption(main_prompt, collapse(Tag(tag) for tag in tags if tag), max_length)
+    main_prompt, *tags = [part.strip() for part in " ".join(text.split()).split(",")]
+    return Caption(main_prompt, tuple(map(Tag, filter(None, dict.fromkeys(tags)))), max_length)
 
 
 def caption_from_name(stem: str) -> Caption:

@@ -8,21 +8,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from data.captions import caption_from_name
-from data.headers import PictureError, read_header
+from data.headers import PictureError
+from data.index import Index, index_path
 from data.item import Caption, Item
 from data.nodes import parse_yaml
+from data.scan import Facts
 from data.settings import NOTHING, Note, Notes, Settings, caption_settings, make_item, merge, read_number, read_settings
-from data.text import BrokenFileError, read_text
+from data.text import BrokenFileError
 from data.walk import IMAGE_SUFFIXES, Folder, split_name, walk
 from utils.errors import ProblemsError, UserError, printable
 
 # Later ones are more specific.
 SIDECARS = (".txt", ".caption", ".yml", ".yaml")
-_NUMBERS = ("multiply", "cond_dropout", "flip_p", "loss_scale")
-_FOLDER_FILES = frozenset(
-    [f"{name}.txt" for name in (*_NUMBERS, "batch_id", "shuffle_tags")]
-    + [f"{name}{suffix}" for name in ("local", "global") for suffix in (".yml", ".yaml")]
-)
+_TEXT_SUFFIXES = frozenset(SIDECARS)
+EMPTY = Caption("")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +50,17 @@ class Found:
     warnings: tuple[Note, ...]
 
 
-def find_items(roots: Iterable[str | Path], *, progress: Callable[[int], None] | None = None) -> Found:
-    """The pictures below `roots` with their captions and settings. `progress` hears the number of each batch seen.
+def find_items(
+    roots: Iterable[str | Path],
+    *,
+    index_kind: str = "off",
+    progress: Callable[[int], None] | None = None,
+) -> Found:
+    """The pictures below `roots` with their captions and settings.
+
+    Args:
+        index_kind: where to keep what was learned for the next start (see `data.index.index_path`).
+        progress: hears the number of files of each lot that has been read.
 
     Raises:
         UserError: a root is no folder.
@@ -68,7 +76,11 @@ def find_items(roots: Iterable[str | Path], *, progress: Callable[[int], None] |
                 "(photo.jpg, photo.txt), or name another folder with --data_root; "
                 "to see a first training without any, run: python train.py --config starter/train.json"
             )
-        seen = _Root(str(root), notes, progress)
+        path = index_path(index_kind, Path(root))
+        index = None if path is None else Index(path)
+        seen = _Root(str(root), notes, index, progress)
+        if index is not None:
+            index.save()
         items.extend(sorted(seen.items, key=lambda item: item.id))
         unreadable.extend(sorted(seen.unreadable, key=lambda picture: picture.path))
     if notes.problems:
@@ -89,104 +101,103 @@ def unique_ids(items: Iterable[Item]) -> tuple[Item, ...]:
 class _Root:
     """One data root while it is read."""
 
-    def __init__(self, root: str, notes: Notes, progress: Callable[[int], None] | None) -> None:
+    def __init__(self, root: str, notes: Notes, index: Index | None, progress: Callable[[int], None] | None) -> None:
         self.notes = notes
         self.items: list[Item] = []
         self.unreadable: list[Unreadable] = []
+        self._facts = Facts(index)
+        folders = list(walk(root, notes, stamped=index is not None))
+        self._facts.read(folders, IMAGE_SUFFIXES, _TEXT_SUFFIXES, progress)
         inherited: dict[str, Settings] = {}
-        for folder in walk(root, notes):
+        for folder in folders:
             above = NOTHING if folder.parent is None else inherited[folder.parent]
             inherited[folder.id] = merge(above, self._settings_files(folder, "global"))
             own = merge(inherited[folder.id], self._number_files(folder))
             self._pictures(folder, merge(own, self._settings_files(folder, "local")))
-            if progress is not None:
-                progress(len(folder.files))
 
     def _settings_files(self, folder: Folder, stem: str) -> Settings:
         settings = NOTHING
-        for suffix in (".yml", ".yaml"):
-            for name in folder.files:
-                if name.lower() == stem + suffix:
-                    settings = merge(settings, self._folder_yaml(folder.at(name)))
+        for wanted in (f"{stem}.yml", f"{stem}.yaml"):
+            for name in folder.special:
+                if name.lower() == wanted:
+                    settings = merge(settings, self._folder_file(folder, name))
         return settings
-
-    def _folder_yaml(self, path: str) -> Settings:
-        try:
-            return self._yaml(path, NOTHING)
-        except BrokenFileError as error:
-            self.notes.broken(error)
-            return NOTHING
 
     def _number_files(self, folder: Folder) -> Settings:
         settings = NOTHING
-        for name in folder.files:
-            stem, suffix = split_name(name.lower())
-            if suffix != ".txt" or name.lower() not in _FOLDER_FILES:
-                continue
-            path = folder.at(name)
-            if stem == "shuffle_tags":
-                settings = replace(settings, shuffle_tags=True)
-                continue
-            try:
-                text = self._text(path)
-            except BrokenFileError as error:
-                self.notes.broken(error)
-                continue
-            if stem == "batch_id":
-                settings = replace(settings, batch_id=text.strip())
-            else:
-                settings = merge(settings, read_number(stem, text, path, self.notes))
+        for name in folder.special:
+            if name.lower().endswith(".txt"):
+                settings = merge(settings, self._folder_file(folder, name))
         return settings
 
+    def _folder_file(self, folder: Folder, name: str) -> Settings:
+        stem, suffix = split_name(name.lower())
+        if stem == "shuffle_tags":
+            return Settings(shuffle_tags=True)
+        try:
+            if suffix != ".txt":
+                return self._yaml(folder, name, NOTHING)
+            text = self._text(folder, name)
+        except BrokenFileError as error:
+            self.notes.broken(error)
+            return NOTHING
+        if stem == "batch_id":
+            return Settings(batch_id=" ".join(text.split()))
+        return read_number(stem, text, folder.at(name), self.notes)
+
     def _pictures(self, folder: Folder, settings: Settings) -> None:
-        pictures: list[tuple[str, str]] = []
+        pictures: dict[str, list[str]] = defaultdict(list)
         sidecars: dict[str, list[tuple[int, str]]] = defaultdict(list)
         for name in folder.files:
             stem, suffix = split_name(name)
             if suffix in IMAGE_SUFFIXES:
-                pictures.append((name, stem))
-            elif suffix in SIDECARS and name.lower() not in _FOLDER_FILES:
+                pictures[stem].append(name)
+            elif suffix in _TEXT_SUFFIXES and name not in folder.special:
                 sidecars[stem].append((SIDECARS.index(suffix), name))
-        self._same_stems(folder, pictures)
         for name in folder.others:
             if split_name(name)[1] in IMAGE_SUFFIXES:
                 reason = "is no regular file (a pipe, a device or a broken link)"
                 self.unreadable.append(Unreadable(folder.at(name), reason))
-        prefix = f"{folder.id}/" if folder.id else ""
-        for name, stem in pictures:
-            path = folder.at(name)
+        for stem, names in pictures.items():
+            if len(names) > 1:
+                others = ", ".join(map(printable, names[1:]))
+                self.notes.warn(folder.at(names[0]), f"shares its captions with {others}")
+            self._same_stem(folder, stem, names, [name for _, name in sorted(sidecars.get(stem, ()))], settings)
+
+    def _same_stem(self, folder: Folder, stem: str, names: list[str], sidecars: list[str], settings: Settings) -> None:
+        """Add the pictures of one stem, which share their sidecars."""
+        broken = None
+        try:
+            for sidecar in sidecars:
+                settings = merge(settings, self._sidecar(folder, sidecar))
+        except BrokenFileError as error:
+            broken = str(error)
+        fallback = caption_from_name(stem) if settings.main_prompt is None else EMPTY
+        for name in names:
             try:
-                header = read_header(path)
-                merged = settings
-                for _, sidecar in sorted(sidecars[stem]):
-                    merged = merge(merged, self._sidecar(folder.at(sidecar)))
-            except (PictureError, BrokenFileError) as error:
-                self.unreadable.append(Unreadable(path, str(error)))
+                header = self._facts.header(folder, name)
+            except PictureError as error:
+                self.unreadable.append(Unreadable(folder.at(name), str(error)))
                 continue
-            fallback = caption_from_name(stem) if merged.main_prompt is None else Caption("")
-            self.items.append(make_item(prefix + name, path, header.width, header.height, merged, fallback))
+            if broken is not None:
+                self.unreadable.append(Unreadable(folder.at(name), broken))
+                continue
+            id = f"{folder.id}/{name}" if folder.id else name
+            self.items.append(make_item(id, folder.at(name), header.width, header.height, settings, fallback))
 
-    def _same_stems(self, folder: Folder, pictures: list[tuple[str, str]]) -> None:
-        names: dict[str, list[str]] = defaultdict(list)
-        for name, stem in pictures:
-            names[stem].append(name)
-        for same in names.values():
-            if len(same) > 1:
-                where = folder.at(same[0])
-                self.notes.warn(where, f"shares its captions with {', '.join(map(printable, same[1:]))}")
-
-    def _sidecar(self, path: str) -> Settings:
-        if path[-4:].lower() in (".txt", "tion"):
-            return caption_settings(self._text(path))
+    def _sidecar(self, folder: Folder, name: str) -> Settings:
+        if split_name(name)[1] in (".txt", ".caption"):
+            return caption_settings(self._text(folder, name))
         # An empty caption file is an empty caption, in whatever form.
-        return self._yaml(path, caption_settings(""))
+        return self._yaml(folder, name, caption_settings(""))
 
-    def _yaml(self, path: str, empty: Settings) -> Settings:
-        tree = parse_yaml(self._text(path), path)
+    def _yaml(self, folder: Folder, name: str, empty: Settings) -> Settings:
+        path = folder.at(name)
+        tree = parse_yaml(self._text(folder, name), path)
         return empty if tree is None else read_settings(tree, path, self.notes)
 
-    def _text(self, path: str) -> str:
-        text, warning = read_text(path)
+    def _text(self, folder: Folder, name: str) -> str:
+        text, warning = self._facts.text(folder, name)
         if warning is not None:
-            self.notes.warn(path, warning)
+            self.notes.warn(folder.at(name), warning)
         return text

@@ -6,6 +6,7 @@ import codecs
 import os
 
 MAX_BYTES = 1 << 20
+_BLOCK = 1 << 12
 FOREIGN = "is neither UTF-8 nor UTF-16; read as cp1252, please check its letters"
 
 
@@ -29,7 +30,9 @@ def read_text(path: str) -> tuple[str, str | None]:
     try:
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0))
         try:
-            raw = os.read(descriptor, MAX_BYTES + 1)
+            raw = os.read(descriptor, _BLOCK)
+            if len(raw) == _BLOCK:
+                raw += os.read(descriptor, MAX_BYTES + 1 - _BLOCK)
         finally:
             os.close(descriptor)
     except OSError as error:

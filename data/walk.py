@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from data.index import Stamp
 from data.settings import Notes
 
 IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".avif", ".tif", ".tiff", ".gif"))
+FOLDER_FILES = frozenset(
+    [f"{name}.txt" for name in ("multiply", "cond_dropout", "flip_p", "loss_scale", "batch_id", "shuffle_tags")]
+    + [f"{name}{suffix}" for name in ("local", "global") for suffix in (".yml", ".yaml")]
+)
 _JUNK = frozenset(("__macosx", "@eadir", "thumbs.db", "desktop.ini", "$recycle.bin"))
 
 
@@ -20,14 +25,18 @@ class Folder:
     Args:
         parent: the id of the folder it was reached from; `None` for the root.
         files: names of the regular files, sorted.
+        special: those among them that speak for the whole folder.
         others: names that look like files but are none (pipes, devices, broken links), sorted.
+        stamps: of the files, if they were asked for.
     """
 
     path: str
     id: str
     parent: str | None
     files: tuple[str, ...]
+    special: tuple[str, ...]
     others: tuple[str, ...]
+    stamps: Mapping[str, Stamp] = field(default_factory=dict)
 
     def at(self, name: str) -> str:
         """The path of the file `name` in this folder."""
@@ -40,8 +49,8 @@ def split_name(name: str) -> tuple[str, str]:
     return (stem, dot + suffix.lower()) if dot else (name, "")
 
 
-def walk(root: str, notes: Notes) -> Iterator[Folder]:
-    """Every folder at and below `root`, parents before children.
+def walk(root: str, notes: Notes, *, stamped: bool = False) -> Iterator[Folder]:
+    """Every folder at and below `root`, parents before children; `stamped`: with sizes and times of the files.
 
     Links to folders are followed after all real folders have been seen, and no folder is seen twice: loops end, and a
     picture that is reached in two ways belongs to the folder it lies in.
@@ -56,7 +65,7 @@ def walk(root: str, notes: Notes) -> Iterator[Folder]:
             if (status.st_dev, status.st_ino) in seen:
                 continue
             seen.add((status.st_dev, status.st_ino))
-            folder, inner, linked = _list(path, id, parent)
+            folder, inner, linked = _list(path, id, parent, stamped)
         except OSError as error:
             notes.warn(path, f"this folder cannot be read: {error.strerror}")
             continue
@@ -66,9 +75,10 @@ def walk(root: str, notes: Notes) -> Iterator[Folder]:
 
 
 def _list(
-    path: str, id: str, parent: str | None
+    path: str, id: str, parent: str | None, stamped: bool
 ) -> tuple[Folder, list[tuple[str, str, str | None]], list[tuple[str, str, str | None]]]:
     files, others = [], []
+    stamps: dict[str, Stamp] = {}
     inner: list[tuple[str, str, str | None]] = []
     linked: list[tuple[str, str, str | None]] = []
     with os.scandir(path) as entries:
@@ -78,6 +88,9 @@ def _list(
                 continue
             if entry.is_file():
                 files.append(name)
+                if stamped:
+                    status = entry.stat()
+                    stamps[name] = Stamp(status.st_size, status.st_mtime_ns)
             elif entry.is_dir():
                 child = (f"{path}{os.sep}{name}", f"{id}/{name}" if id else name, id)
                 (linked if entry.is_symlink() else inner).append(child)
@@ -85,4 +98,6 @@ def _list(
                 others.append(name)
     inner.sort()
     linked.sort()
-    return Folder(path, id, parent, tuple(sorted(files)), tuple(sorted(others))), inner, linked
+    files.sort()
+    special = tuple(name for name in files if name.lower() in FOLDER_FILES)
+    return Folder(path, id, parent, tuple(files), special, tuple(sorted(others)), stamps), inner, linked
