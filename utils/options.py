@@ -33,13 +33,28 @@ class Loaded:
     warnings: tuple[str, ...]
 
 
-def load_options(argv: Sequence[str]) -> Loaded:
-    """Options from flags and the JSON file.
+@dataclass(frozen=True, slots=True)
+class Collected:
+    """Options as far as they could be read, and everything that is wrong with them."""
 
-    Raises:
-        ProblemsError: with every problem of the command line and the file.
-        SystemExit: after `--help`.
-    """
+    given: Mapping[str, Any]
+    flags: Mapping[str, Any]
+    warnings: tuple[str, ...]
+    problems: tuple[Problem, ...]
+
+    def resolve(self) -> Loaded:
+        """The options.
+
+        Raises:
+            ProblemsError: with every problem of the command line and the file.
+        """
+        if self.problems:
+            raise ProblemsError(self.problems)
+        return Loaded(assemble(self.given), self.given, self.flags, self.warnings)
+
+
+def collect_options(argv: Sequence[str]) -> Collected:
+    """What flags and the JSON file say; raises nothing but `SystemExit`, after `--help`."""
     sections = list(SECTIONS.values())
     flags, problems = parse_command_line(build_parser(sections, "train.py", DESCRIPTION), sections, argv)
     path = Path(flags.get("config", "train.json"))
@@ -55,9 +70,17 @@ def load_options(argv: Sequence[str]) -> Loaded:
             problems += file_problems
     given = {**from_file, **flags}
     problems += [] if problems else check_together(given, str(path), flags)
-    if problems:
-        raise ProblemsError(problems)
-    return Loaded(assemble(given), given, flags, tuple(warnings))
+    return Collected(given, flags, tuple(warnings), tuple(problems))
+
+
+def load_options(argv: Sequence[str]) -> Loaded:
+    """Options from flags and the JSON file.
+
+    Raises:
+        ProblemsError: with every problem of the command line and the file.
+        SystemExit: after `--help`.
+    """
+    return collect_options(argv).resolve()
 
 
 def reload_options(loaded: Loaded) -> Loaded:

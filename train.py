@@ -1,0 +1,124 @@
+"""Emulsion fine-tunes Stable Diffusion on folders of captioned pictures: options, parts, loop, and how a run ends."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from utils.console import end_summary
+from utils.errors import EXIT_DONE, EXIT_TRY_LATER, UserError
+from utils.inputs import Inputs, read_inputs
+from utils.logs import FILE_ONLY, LOGGER, close_logs, escape_lines, open_console
+from utils.options import flat
+from utils.seeding import random_seed
+
+# What needs torch is imported when the options are known to be right: a mistake is answered at once.
+if TYPE_CHECKING:
+    from data.dataset import TrainingSet
+    from training.session import Session
+    from utils.checkpoint import Kind
+    from utils.start import Start
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program with the flags `argv` and return its exit code (see docs/reliability.md)."""
+    open_console()
+    try:
+        return run(read_inputs(sys.argv[1:] if argv is None else argv))
+    except UserError as error:
+        LOGGER.error("%s", error, extra=FILE_ONLY)
+        sys.stderr.write(f"error: {escape_lines(str(error))}\n")
+        return error.exit_code
+    finally:
+        close_logs()
+
+
+def run(inputs: Inputs) -> int:
+    """The story of a run: what to start from, the data, the parts, the loop, the end."""
+    from utils.start import find_start
+
+    options = inputs.loaded.options
+    for warning in inputs.loaded.warnings:
+        LOGGER.warning("%s", warning)
+    start = find_start(options)
+    data = read_data(inputs, start)
+    for line in data.report().lines:
+        LOGGER.info("%s", line)
+    if options.run.dry_run:
+        return show_plan(inputs, data)
+    return train_and_save(inputs, data, start)
+
+
+def read_data(inputs: Inputs, start: Start) -> TrainingSet:
+    """The training set, with the seed that the run has, picks, or goes on with."""
+    from data.dataset import read_training_set
+
+    options = inputs.loaded.options
+    seed = options.run.seed
+    if seed == -1:
+        seed = random_seed() if start.resumed is None else start.resumed.record.seed
+        LOGGER.info("seed %d", seed)
+    return read_training_set(options.data, seed=seed, epochs=options.run.max_epochs, max_steps=options.run.max_steps)
+
+
+def show_plan(inputs: Inputs, data: TrainingSet) -> int:
+    """What a dry run says beyond the data: the resolved options and the number of updates."""
+    LOGGER.info(json.dumps({**flat(inputs.loaded.options), "seed": data.seed}, indent=2, ensure_ascii=False))
+    LOGGER.info("dry run: %d updates would be trained", data.total_updates)
+    return EXIT_DONE
+
+
+def train_and_save(inputs: Inputs, data: TrainingSet, start: Start) -> int:
+    """Train to the end or to a stop, save, and say where everything is."""
+    from training.assembly import open_session
+    from training.loop import train
+    from utils.stopping import StopSignal
+
+    with StopSignal() as stop, open_session(inputs, data, start, stop) as session:
+        try:
+            train(session)
+        except Exception:
+            # What was learned up to here is worth a look; findlast never takes it, an older checkpoint is exact.
+            session.save("errored", wait=True)
+            raise
+        return finish(session)
+
+
+def finish(session: Session) -> int:
+    """Save the last checkpoint, say where everything is, and return the exit code."""
+    from training.between import report_saves
+
+    if session.finished:
+        kind: Kind = "" if session.options.save.no_prepend_last else "last"
+    else:
+        kind = "interrupted"
+    report_saves(session, session.writer.close())
+    results = session.save(kind, wait=True)
+    saved = results[-1]
+    paths: dict[str, object] = {"run folder": session.run.folder}
+    if saved.folder is not None:
+        paths["checkpoint"] = saved.folder
+    if not session.options.save.no_save_ckpt and saved.error is None:
+        paths["single file"] = session.archive.single_file(saved.record)
+    if any(session.run.samples.iterdir()):
+        paths["samples"] = session.run.samples
+    paths["TensorBoard"] = f"tensorboard --logdir {session.options.run.logdir}"
+    LOGGER.info(
+        end_summary(
+            outcome="finished" if session.finished else (session.stop.requested or "stopped"),
+            updates=session.progress.update,
+            images=session.progress.images,
+            seconds=session.progress.seconds,
+            loss=session.last_loss,
+            paths=paths,
+        )
+    )
+    if saved.folder is None:
+        return EXIT_TRY_LATER
+    return session.stop.exit_code if not session.finished and session.stop.exit_code is not None else EXIT_DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

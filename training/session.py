@@ -1,0 +1,121 @@
+"""A run with all its parts in place, and what has to be kept of it to go on exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from data.batches import Batches
+from data.dataset import TrainingSet
+from optimizer.build import Part
+from optimizer.ema import Ema
+from optimizer.objective import Networks, Objective
+from optimizer.update import StepResult, Updater
+from utils.archive import Archive
+from utils.checkpoint import Kind, Progress
+from utils.config import Options
+from utils.console import Bar
+from utils.device import Device
+from utils.gallery import Gallery
+from utils.meter import Meter
+from utils.models import Models
+from utils.run_dir import RunDir
+from utils.stopping import StopSignal
+from utils.timetable import Timetable
+from utils.tracking import Tracker
+from utils.writer import CheckpointWriter, SaveResult
+
+SCHEDULE_FREE = "adamw_schedulefree"
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from utils.tree import Tree
+
+
+@dataclass(slots=True)
+class Session:
+    """The parts of a run.
+
+    Args:
+        seed: the resolved one; `options.run.seed` may be -1.
+        captions: of the last update, for samples without a prompt.
+        last: what the last update did.
+    """
+
+    options: Options
+    seed: int
+    run: RunDir
+    device: Device
+    data: TrainingSet
+    models: Models
+    parts: Mapping[str, Part]
+    networks: Networks
+    objective: Objective
+    updater: Updater
+    ema: Ema | None
+    batches: Batches
+    tracker: Tracker
+    gallery: Gallery
+    archive: Archive
+    writer: CheckpointWriter
+    bar: Bar
+    stop: StopSignal
+    progress: Progress
+    window: Meter
+    epoch_meter: Meter
+    timetable: Timetable
+    captions: tuple[str, ...] = ()
+    last: StepResult | None = None
+    log_grad_norm: bool = True
+    skipped_told: int = 0
+    last_loss: float | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether all updates are done."""
+        return self.progress.update >= self.data.total_updates
+
+    def trained(self) -> dict[str, dict[str, Tensor]]:
+        """The trained weights of each part by name."""
+        return {name: part.weights() for name, part in self.parts.items()}
+
+    def answers(self) -> dict[str, dict[str, Tensor]]:
+        """Trained weights that are not those in the networks, because the optimizer answers with an average."""
+        return {name: part.weights() for name, part in self.parts.items() if part.optimizer_name == SCHEDULE_FREE}
+
+    def averages(self) -> dict[str, dict[str, Tensor]] | None:
+        """The averaged weights of each part by name; `None` without EMA."""
+        return None if self.ema is None else {name: self.ema.tensors(name) for name in self.parts}
+
+    def state(self) -> Tree:
+        """All that an exact resume needs and that `progress` and the seed do not fix; live tensors."""
+        networks = {"unet": self.models.unet, "text_encoder": self.models.text_encoder, "vae": self.models.vae}
+        return {
+            "networks": {name: dict(network.state_dict()) for name, network in networks.items()},
+            "answers": self.answers(),
+            "updater": self.updater.state_dict(),
+            "ema": None if self.ema is None else self.ema.state_dict(),
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> list[str]:
+        """Take moments and averages from a saved state; the networks were built from it already.
+
+        Returns a line for each optimizer option that is another now.
+        """
+        changes = self.updater.load_state_dict(state["updater"])
+        if self.ema is not None and state["ema"] is not None:
+            self.ema.load_state_dict(state["ema"])
+        return changes
+
+    def save(self, kind: Kind = "", *, wait: bool = False) -> list[SaveResult]:
+        """Save a checkpoint of this moment; without `wait` it is written while the training goes on."""
+        saves = self.archive.saves(self.progress, kind, finished=self.finished, ema=self.ema is not None)
+        results = []
+        if wait:
+            results = self.writer.save_now(self.state(), saves)
+        else:
+            self.writer.save(self.state(), saves)
+        self.timetable.saved()
+        return results
