@@ -25,6 +25,8 @@ def open_console(stream: TextIO | None = None) -> None:
     """Send the logger's lines to `stream` (default: stdout) in place of any earlier console."""
     _remove(ConsoleHandler)
     LOGGER.propagate = False
+    # Where Diffusers imports it, it warns of kernels for 4-bit networks, which nobody here uses.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     LOGGER.setLevel(logging.INFO)
     target = sys.stdout if stream is None else stream
     if target is not None:  # a program started without a stdout has None there
