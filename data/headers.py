@@ -12,6 +12,8 @@ import warnings
 from pathlib import Path
 from typing import NamedTuple
 
+from data.text import READ_FLAGS
+
 # What Pillow may open: rasters only, no format that runs programs or guesses (EPS, PSD, FITS, ...).
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
 MAX_PIXELS = 178_956_970  # three bytes each make half a GiB: room for any camera, none for bombs
@@ -40,7 +42,7 @@ def read_header(path: str | os.PathLike[str]) -> Header:
         PictureError: no picture, an unknown kind, a broken header, or too many pixels to be decoded safely.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0))
+        descriptor = os.open(path, READ_FLAGS)
     except OSError as error:
         raise PictureError(f"cannot be opened: {error.strerror}") from error
     try:

@@ -6,6 +6,8 @@ import codecs
 import os
 
 MAX_BYTES = 1 << 20
+# Not blocking: a pipe that got past all checks must not hold the program.
+READ_FLAGS = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
 _BLOCK = 1 << 12
 FOREIGN = "is neither UTF-8 nor UTF-16; read as cp1252, please check its letters"
 
@@ -28,7 +30,7 @@ def read_text(path: str) -> tuple[str, str | None]:
         BrokenFileError: it cannot be opened, or is longer than a megabyte and so no caption.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0))
+        descriptor = os.open(path, READ_FLAGS)
         try:
             raw = os.read(descriptor, _BLOCK)
             if len(raw) == _BLOCK:
