@@ -9,6 +9,8 @@ from random import Random
 from data.item import Caption, Tag
 from data.text import without_surrogates
 
+EMPTY = Caption("")
+
 
 def parse_caption(text: str, max_length: int | None = None) -> Caption:
     """The caption in `text`: the part before the first comma is the main prompt, the others are tags.

@@ -7,13 +7,24 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from data.captions import caption_from_name
+from data.captions import EMPTY, caption_from_name
 from data.headers import PictureError
 from data.index import Index, index_path
-from data.item import Caption, Item
+from data.item import Item
 from data.nodes import parse_yaml
 from data.scan import Facts
-from data.settings import NOTHING, Note, Notes, Settings, caption_settings, make_item, merge, read_number, read_settings
+from data.settings import (
+    NOTHING,
+    Note,
+    Notes,
+    Settings,
+    Unreadable,
+    caption_settings,
+    make_item,
+    merge,
+    read_number,
+    read_settings,
+)
 from data.text import BrokenFileError
 from data.walk import IMAGE_SUFFIXES, Folder, split_name, walk
 from utils.errors import ProblemsError, UserError, printable
@@ -21,18 +32,6 @@ from utils.errors import ProblemsError, UserError, printable
 # Later ones are more specific.
 SIDECARS = (".txt", ".caption", ".yml", ".yaml")
 _TEXT_SUFFIXES = frozenset(SIDECARS)
-EMPTY = Caption("")
-
-
-@dataclass(frozen=True, slots=True)
-class Unreadable:
-    """A picture that is left out, and why."""
-
-    path: str
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{printable(self.path)}: {printable(self.reason)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,17 +49,8 @@ class Found:
     warnings: tuple[Note, ...]
 
 
-def find_items(
-    roots: Iterable[str | Path],
-    *,
-    index_kind: str = "off",
-    progress: Callable[[int], None] | None = None,
-) -> Found:
-    """The pictures below `roots` with their captions and settings.
-
-    Args:
-        index_kind: where to keep what was learned for the next start (see `data.index.index_path`).
-        progress: hears the number of files of each lot that has been read.
+def find_items(roots: Iterable[str | Path]) -> Found:
+    """The pictures below `roots`, without an index (`data.sources.find_data` takes every form of data_root).
 
     Raises:
         UserError: a root is no folder.
@@ -70,22 +60,37 @@ def find_items(
     items: list[Item] = []
     unreadable: list[Unreadable] = []
     for root in roots:
-        if not Path(root).is_dir():
-            raise UserError(
-                f"data_root: there is no folder {printable(root)}. Put pictures with their captions there "
-                "(photo.jpg, photo.txt), or name another folder with --data_root; "
-                "to see a first training without any, run: python train.py --config starter/train.json"
-            )
-        path = index_path(index_kind, Path(root))
-        index = None if path is None else Index(path)
-        seen = _Root(str(root), notes, index, progress)
-        if index is not None:
-            index.save()
-        items.extend(sorted(seen.items, key=lambda item: item.id))
-        unreadable.extend(sorted(seen.unreadable, key=lambda picture: picture.path))
+        some, left_out = read_folder(str(root), notes)
+        items.extend(some)
+        unreadable.extend(left_out)
     if notes.problems:
         raise ProblemsError(notes.problems)
     return Found(unique_ids(items), tuple(unreadable), tuple(notes.warnings))
+
+
+def read_folder(
+    root: str, notes: Notes, *, index_kind: str = "off", progress: Callable[[int], None] | None = None
+) -> tuple[list[Item], list[Unreadable]]:
+    """The pictures below `root` in the order of their ids, and those that cannot be read; mistakes go to `notes`.
+
+    Raises:
+        UserError: there is no such folder.
+    """
+    if not Path(root).is_dir():
+        raise UserError(
+            f"data_root: there is no folder {printable(root)}. Put pictures with their captions there "
+            "(photo.jpg, photo.txt), or name another folder with --data_root; "
+            "to see a first training without any, run: python train.py --config starter/train.json"
+        )
+    path = index_path(index_kind, Path(root))
+    index = None if path is None else Index(path)
+    seen = _Root(root, notes, index, progress)
+    if index is not None:
+        index.save()
+    return (
+        sorted(seen.items, key=lambda item: item.id),
+        sorted(seen.unreadable, key=lambda picture: picture.path),
+    )
 
 
 def unique_ids(items: Iterable[Item]) -> tuple[Item, ...]:

@@ -80,6 +80,17 @@ class Note:
         return f"{printable(self.where)}: {self.text}"
 
 
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """A picture that is left out, and why."""
+
+    path: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{printable(self.path)}: {printable(self.reason)}"
+
+
 @dataclass(slots=True)
 class Notes:
     """What is found on the way: problems that must be mended before training, and warnings."""
