@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import json
+import time
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from starter.networks import STARTER, TINY, Size, build_networks, save_pipeline
+from starter.pretrain_unet import Shelf, fill_shelves, save_part, scaling_factor, train_unet
+from starter.pretrain_vae import train_vae
+from starter.tokenizer import write_tokenizer
 
 SIZES = {"starter": STARTER, "tiny": TINY}
+SHELF = 4096  # drawings of each size
 
 
 def random_model(
@@ -30,16 +38,82 @@ def random_model(
     return folder
 
 
+def pretrain_autoencoder(work: Path, *, seed: int, crop_steps: int, full_steps: int) -> None:
+    """The first stage: `work`/vae.safetensors."""
+    vae = build_networks(STARTER, seed=seed).vae
+    path = work / "vae.safetensors"
+    train_vae(vae, seed=seed, crop_steps=crop_steps, full_steps=full_steps, after=lambda _: save_part(path, vae))
+
+
+def pretrain_networks(work: Path, out: Path, *, seed: int, steps: int, batch_size: int, lr: float) -> None:
+    """The second stage: UNet and text encoder on the first stage's latents; every 500 steps `out` is written anew."""
+    from safetensors.torch import load_file
+
+    networks = build_networks(STARTER, seed=seed)
+    networks.vae.load_state_dict(load_file(work / "vae.safetensors"))
+    write_tokenizer(work / "tokenizer")
+    tokenizer = _open_tokenizer(work / "tokenizer")
+    shelves: list[Shelf] = fill_shelves(networks.vae, seed=seed, count=SHELF)
+    scale = scaling_factor(shelves)
+    print(f"scaling factor {scale}", flush=True)
+    started = time.monotonic()
+
+    def after(step: int) -> None:
+        save_pipeline(out, networks, dtype=torch.float16, scaling_factor=scale)
+        if step % 1000 == 0 or step == steps:
+            mark = {"step": step, "seconds": round(time.monotonic() - started)} | _marks(out)
+            print(json.dumps(mark), flush=True)
+
+    train_unet(
+        networks, tokenizer, shelves, scale=scale, seed=seed, steps=steps, batch_size=batch_size, lr=lr, after=after
+    )
+
+
+def _open_tokenizer(folder: Path) -> Any:
+    from transformers import CLIPTokenizer
+
+    return CLIPTokenizer.from_pretrained(folder)
+
+
+def _marks(folder: Path) -> dict[str, float]:
+    from starter.exam import examine, old_questions, open_pipeline
+
+    return asdict(examine(open_pipeline(folder), old_questions(60)))
+
+
 def main() -> None:
     """Read the command line and make the model."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("starter/model"))
+    parser.add_argument("--work", type=Path, default=Path("starter/.work"), help="what the stages hand on")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--random", action="store_true", help="untrained weights, in a second")
-    parser.add_argument("--size", choices=sorted(SIZES), default="starter")
-    arguments = parser.parse_args()
-    if arguments.random:
-        random_model(arguments.out, seed=arguments.seed, size=arguments.size)
+    parser.add_argument("--size", choices=sorted(SIZES), default="starter", help="with --random")
+    parser.add_argument("--stage", choices=("all", "vae", "unet"), default="all")
+    parser.add_argument("--crop-steps", type=int, default=2500)
+    parser.add_argument("--full-steps", type=int, default=1200)
+    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.random:
+        random_model(options.out, seed=options.seed, size=options.size)
+        return
+    if options.stage in ("all", "vae"):
+        pretrain_autoencoder(
+            options.work, seed=options.seed, crop_steps=options.crop_steps, full_steps=options.full_steps
+        )
+    if options.stage in ("all", "unet"):
+        pretrain_networks(
+            options.work,
+            options.out,
+            seed=options.seed,
+            steps=options.steps,
+            batch_size=options.batch_size,
+            lr=options.lr,
+        )
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ class Size:
     norm_groups: int
 
 
-STARTER = Size((64, 128), 2, 4, (16, 32, 64, 64), 1, 96, 3, 4, 16)
+STARTER = Size((64, 128), 1, 4, (16, 32, 64, 64), 1, 96, 3, 4, 16)
 TINY = Size((16, 32), 1, 2, (8, 8, 16, 16), 1, 32, 3, 2, 8)
 
 
@@ -51,12 +52,16 @@ def build_networks(size: Size, *, seed: int) -> Networks:
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
+    def seeded(name: str, build: Callable[[], Any]) -> Any:
+        torch.manual_seed(stream_seed(seed, "networks", name))
+        return build().eval()
+
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(stream_seed(seed, "networks"))
-        unet = UNet2DConditionModel(**unet_config(size))
-        vae = AutoencoderKL(**vae_config(size))
-        text_encoder = CLIPTextModel(CLIPTextConfig(**text_config(size)))
-    return Networks(unet, vae, text_encoder)
+        return Networks(
+            unet=seeded("unet", lambda: UNet2DConditionModel(**unet_config(size))),
+            vae=seeded("vae", lambda: AutoencoderKL(**vae_config(size))),
+            text_encoder=seeded("text_encoder", lambda: CLIPTextModel(CLIPTextConfig(**text_config(size)))),
+        )
 
 
 def unet_config(size: Size) -> dict[str, Any]:
@@ -84,7 +89,7 @@ def vae_config(size: Size) -> dict[str, Any]:
         "up_block_types": ("UpDecoderBlock2D",) * 4,
         "layers_per_block": size.vae_layers,
         "latent_channels": 4,
-        "norm_num_groups": size.norm_groups if size.norm_groups < min(size.vae) else min(size.vae) // 2,
+        "norm_num_groups": 4,
         "sample_size": 64,
     }
 
@@ -149,13 +154,20 @@ def save_pipeline(
     weight_names = {"text_encoder": "model.safetensors"}
     for name, part in networks.parts().items():
         (folder / name).mkdir(parents=True, exist_ok=True)
-        part.config.save_pretrained(folder / name) if name == "text_encoder" else part.save_config(folder / name)
+        _save_config(folder / name, part)
         _save_weights(folder / name / weight_names.get(name, "diffusion_pytorch_model.safetensors"), part, dtype)
     _mend_text_config(folder / "text_encoder" / "config.json")
     write_tokenizer(folder / "tokenizer")
     (folder / "scheduler").mkdir(exist_ok=True)
     _write_json(folder / "scheduler" / "scheduler_config.json", scheduler_config(prediction_type))
     _write_json(folder / "model_index.json", MODEL_INDEX)
+
+
+def _save_config(folder: Path, part: Any) -> None:
+    if hasattr(part, "save_config"):
+        part.save_config(folder)
+    else:
+        part.config.save_pretrained(folder)
 
 
 def _save_weights(path: Path, part: nn.Module, dtype: torch.dtype) -> None:

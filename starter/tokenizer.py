@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 MAX_TOKENS = 77
 
-# Every word of the world's captions becomes one token. The text after them teaches pieces of ordinary English, so that a
-# word the starter has never met falls into two or three pieces instead of letters.
+# Every word of the world's captions becomes one token. The ordinary words teach pieces of English, so that a word which
+# the starter has never met falls into two or three of them instead of letters.
 WORLD_WORDS = """a an the of on with in over picture drawing painting against background shape
-circle square triangle star ring cross small large
+    circle square triangle star ring cross small large
 red orange yellow green blue purple grey pink cyan brown beige""".split()
 ORDINARY_WORDS = """and for that this from have they one out what were there when your can said each which their will
 other about many then them these some her would make like him into time has look two more write see number way could
@@ -31,11 +32,11 @@ def byte_letters() -> dict[int, str]:
 
 
 def _learn_merges(words: list[str]) -> list[tuple[str, str]]:
-    """Byte-pair merges (arXiv 1508.07909) until every one of `words` is a single piece; ties go to the first in order."""
+    """Byte-pair merges (arXiv 1508.07909) until every one of `words` is a single piece; ties go by the alphabet."""
     pieces = [(*word[:-1], word[-1] + "</w>") for word in words]
     merges: list[tuple[str, str]] = []
     while any(len(word) > 1 for word in pieces):
-        counts = Counter(pair for word in pieces for pair in zip(word, word[1:], strict=False))
+        counts = Counter(pair for word in pieces for pair in pairwise(word))
         best = min(counts, key=lambda pair: (-counts[pair], pair))
         merges.append(best)
         pieces = [_merged(word, best) for word in pieces]
