@@ -216,8 +216,8 @@ def probe_points(ids: Sequence[str], timesteps: tuple[int, int], seed: int) -> t
         order = list(range(len(ids)))
         stream(seed, "probe timesteps", turn, *sorted(ids)).shuffle(order)
         for rank, place in enumerate(order):
-            share = (turn * len(ids) + rank + 0.5) / total
-            points.append(Point(place, turn, min(end - 1, start + int(share * (end - start)))))
+            middle = (2 * (turn * len(ids) + rank) + 1) * (end - start) // (2 * total)
+            points.append(Point(place, turn, start + middle))
     return tuple(sorted(points, key=lambda point: (point.place, point.turn)))
 
 

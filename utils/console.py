@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -38,7 +39,8 @@ class Bar:
                 initial=start,
                 file=self._stream,
                 unit=" updates",
-                dynamic_ncols=True,
+                # A terminal that does not know its width (docker run -t) would get an empty bar.
+                **({"dynamic_ncols": True} if _columns(self._stream) else {"ncols": 100}),
                 mininterval=0.2,
                 smoothing=0.05,
             )
@@ -105,6 +107,13 @@ class Bar:
             silence(self._stream, error)
             self._bar.disable = True
             self._bar = None
+
+
+def _columns(stream: TextIO) -> int:
+    try:
+        return os.get_terminal_size(stream.fileno()).columns
+    except (OSError, ValueError):
+        return 0
 
 
 def duration(seconds: float) -> str:

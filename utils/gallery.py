@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 Weights = Mapping[str, Mapping[str, "Tensor"]]
 LIVE: Mapping[str, Weights] = {"": {}}
 NAME_BYTES = 120
-USER_COMMENT = 0x9286
+EXIF_BLOCK, USER_COMMENT = 0x8769, 0x9286
 
 
 @dataclass(slots=True)
@@ -179,7 +179,7 @@ def description(
 def jpeg_with_settings(picture: Image.Image, settings: str) -> bytes:
     """`picture` as a JPEG that carries `settings` as comment and in EXIF, where web UIs look for them."""
     exif = Image.Exif()
-    exif[USER_COMMENT] = b"UNICODE\0" + settings.encode("utf-16-be", "replace")
+    exif.get_ifd(EXIF_BLOCK)[USER_COMMENT] = b"UNICODE\0" + settings.encode("utf-16-be", "replace")
     buffer = io.BytesIO()
     comment = settings.encode("utf-8", "backslashreplace")[:60_000]
     picture.save(buffer, "JPEG", quality=95, subsampling=0, comment=comment, exif=exif)

@@ -243,10 +243,15 @@ def _shape_at(ratio: float, resolution: int, step: int) -> tuple[int, int]:
         width, height = shape
         return abs(math.log(width / height / ratio)) + 0.5 * math.log(area / (width * height))
 
-    widths = range(step, area // step + 1, step)
-    shapes = [(width, max(step, min(area // width, MOST_SIDE) // step * step)) for width in widths]
-    nearest = [(w, max(step, round(min(h, w / ratio) / step) * step)) for w, h in shapes]
-    return min((shape for shape in nearest if shape[0] * shape[1] <= area), key=badness)
+    sides = range(step, min(MOST_SIDE, area // step) + 1, step)
+    near = {(side, other) for side in sides for other in _around(side / ratio, step)}
+    near |= {(other, side) for side in sides for other in _around(side * ratio, step)}
+    return min(sorted(shape for shape in near if shape[0] * shape[1] <= area), key=badness)
+
+
+def _around(length: float, step: int) -> tuple[int, int]:
+    below = max(1, math.floor(length / step))
+    return below * step, (below + 1) * step
 
 
 def _read_text(path: Path) -> str:

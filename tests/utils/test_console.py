@@ -1,0 +1,105 @@
+"""The bar and the lines at start and end."""
+
+from __future__ import annotations
+
+import io
+import os
+import pty
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from utils.console import Bar, duration, end_summary, start_line
+from utils.logs import close_logs, open_console, open_log_file
+
+
+@pytest.fixture(autouse=True)
+def _detached() -> Iterator[None]:
+    yield
+    close_logs()
+
+
+def test_plain_lines_with_the_time_left_when_nobody_watches() -> None:
+    stream, now = io.StringIO(), [0.0]
+    open_console(stream)
+    with Bar(100, start=20, stream=stream, clock=lambda: now[0]) as bar:
+        now[0] = 30.0
+        for _ in range(10):
+            bar.advance()
+        bar.show(epoch=2, loss=0.12345, lr=1e-6, images_per_second=12.34, memory_gib=(5.12, 23.6))
+    assert stream.getvalue() == (
+        "update 30/100, epoch 2, loss 0.1235, lr 1.00e-06, 12.3 images/s, 5.1 of 23.6 GiB, 3m30s left\n"
+    )
+
+
+def test_a_resumed_run_counts_only_its_own_pace() -> None:
+    now = [0.0]
+    bar = Bar(1000, start=900, stream=io.StringIO(), clock=lambda: now[0])
+    assert bar.seconds_left() is None
+    bar.advance(10)
+    now[0] = 10.0
+    assert bar.seconds_left() == pytest.approx(90.0)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no pty")
+def test_a_bar_on_a_terminal_and_the_line_in_the_file(tmp_path: Path) -> None:
+    main, side = pty.openpty()
+    with os.fdopen(side, "w") as stream:
+        open_console(stream)
+        open_log_file(tmp_path / "run.log")
+        with Bar(10, stream=stream) as bar:
+            bar.advance(4)
+            bar.show(epoch=1, loss=0.5)
+        stream.flush()
+        shown = os.read(main, 100_000).decode()
+    os.close(main)
+    assert "4/10" in shown
+    assert "epoch 1, loss 0.5000" in shown
+    assert "update 4/10" not in shown, "the plain line is for the file"
+    assert "update 4/10, epoch 1, loss 0.5000" in (tmp_path / "run.log").read_text(encoding="utf-8")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no pty")
+def test_a_terminal_that_goes_away_does_not_end_the_run() -> None:
+    main, side = pty.openpty()
+    stream = os.fdopen(side, "w")
+    bar = Bar(10, stream=stream)
+    stream.close()
+    os.close(main)
+    for _ in range(10):
+        bar.advance()
+        bar.show(epoch=1)
+    bar.close()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(0, "0s"), (59.6, "1m00s"), (750, "12m30s"), (11100, "3h05m"), (187_200, "2d04h")]
+)
+def test_durations(seconds: float, words: str) -> None:
+    assert duration(seconds) == words
+
+
+def test_start_and_end() -> None:
+    line = start_line(
+        device="CPU",
+        precision="fp32",
+        parameters={"unet": 859_520_964, "text_encoder": 123_060_480},
+        images=120,
+        buckets=1,
+        epochs=2,
+        updates=60,
+    )
+    assert line == (
+        "CPU, fp32; training unet 860 M, text_encoder 123 M parameters on 120 images in 1 bucket; "
+        "60 updates in 2 epochs"
+    )
+    summary = end_summary(
+        outcome="finished", updates=60, images=240, seconds=60, loss=0.25, paths={"run folder": "a\nb", "model": "m"}
+    )
+    assert summary.splitlines() == [
+        "finished: 60 updates, 240 images in 1m00s, 4 images/s, loss 0.2500",
+        "  run folder  a\\nb",
+        "  model       m",
+    ]
