@@ -53,7 +53,7 @@ def write_folder(folder: Path, weights: Weights, files: ModelFiles, *, dtype: to
     """
     for part, tensors in disk_weights(weights).items():
         (folder / part).mkdir(parents=True, exist_ok=True)
-        _write_json(folder / part / "config.json", _config(files, part, dtype))
+        _write_json(folder / part / "config.json", _config(files, part))
         pieces = [Piece(name, tuple(tensor.shape), partial(_as_is, tensor)) for name, tensor in tensors.items()]
         write_tensors(folder / part / FILE_NAMES[part], pieces, dtype, {"format": "pt"})
     (folder / "scheduler").mkdir(exist_ok=True)
@@ -87,7 +87,7 @@ def write_single_file(
     For SD 2.x and for v-prediction a `.yaml` of the same name stands beside it, as web UIs expect. `metadata` comes
     from `modelspec`; the hash of the tensors is added to it.
     """
-    pieces = _single_file_pieces(disk_weights(weights), files)
+    pieces = single_file_pieces(disk_weights(weights), files)
     write_tensors(path, pieces, dtype, {"format": "pt", **(metadata or {})}, hashed=True)
     if files.kind == "sd1" and files.prediction_type == "epsilon":
         return [path]
@@ -101,11 +101,12 @@ def write_single_file(
 
 def check_single_file(path: Path, weights: Weights, files: ModelFiles, dtype: torch.dtype = torch.float16) -> None:
     """Read the single file back and compare every tensor with `weights`; `UserError` names the first difference."""
-    pieces = _single_file_pieces(disk_weights(weights), files)
+    pieces = single_file_pieces(disk_weights(weights), files)
     _compare(path, read_safetensors(path), {piece.name: piece.make for piece in pieces}, dtype)
 
 
-def _single_file_pieces(weights: Weights, files: ModelFiles) -> list[Piece]:
+def single_file_pieces(weights: Weights, files: ModelFiles) -> list[Piece]:
+    """What the single file holds, made of `weights` under their names on disk, markers for web UIs included."""
     pieces = []
     for entry in key_map(files, weights):
         sources = [weights[entry.part][name] for name in entry.sources]
@@ -143,13 +144,14 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a.view(as_integers), b.view(as_integers))
 
 
-def _config(files: ModelFiles, part: str, dtype: torch.dtype) -> dict[str, Any]:
+def _config(files: ModelFiles, part: str) -> dict[str, Any]:
     config = dict(files.config(part))
     if part in CLASSES:
         return {"_class_name": CLASSES[part], **config}
     config |= {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model"}
-    spelling = "dtype" if "dtype" in config else "torch_dtype"
-    return config | {spelling: str(dtype).removeprefix("torch.")}
+    # Transformers 5 loads in the precision named here, Diffusers in fp32 unless told: the two must agree.
+    config.pop("dtype", None)
+    return config | {"torch_dtype": "float32"}
 
 
 def _model_index(files: ModelFiles) -> dict[str, Any]:

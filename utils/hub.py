@@ -13,6 +13,7 @@ from utils.model_files import COMPONENTS, TOKENIZER_FILES
 from utils.weights import VARIANTS, WEIGHT_STEMS, weight_names
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
+TIMEOUT_SECONDS = 20
 SETTINGS = (
     *(f"{part}/config.json" for part in COMPONENTS),
     "scheduler/scheduler_config.json",
@@ -37,9 +38,9 @@ def model_snapshot(repository: str, *, revision: str | None = None, variant: str
 
     Raises `UserError` when it is missing, gated or no Diffusers model, `TryLaterError` when it cannot be reached.
     """
-    cached = _cached_folder(repository, "unet/config.json", revision, parents=2)
-    if cached is not None and _wanting(_listing(cached), variant) is None:
-        return cached
+    cached = _cached(repository, "unet/config.json", revision)
+    if cached is not None and _wanting(_listing(cached.parents[1]), variant) is None:
+        return cached.parents[1]
     names = _remote_listing(repository, revision)
     wanting = _wanting(names, variant)
     if wanting is not None:
@@ -56,9 +57,9 @@ def model_snapshot(repository: str, *, revision: str | None = None, variant: str
 
 def hub_file(repository: str, name: str) -> Path:
     """The local path of one file of `repository`, downloaded when it is not in the cache."""
-    cached = _cached_folder(repository, name, None, parents=1)
+    cached = _cached(repository, name, None)
     if cached is not None:
-        return cached / name
+        return cached
     from huggingface_hub import hf_hub_download
 
     try:
@@ -72,11 +73,11 @@ def _token() -> str | bool:
     return os.environ.get("HF_TOKEN", "").strip() or False
 
 
-def _cached_folder(repository: str, name: str, revision: str | None, *, parents: int) -> Path | None:
+def _cached(repository: str, name: str, revision: str | None) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
 
     found = try_to_load_from_cache(repository, name, revision=revision)
-    return Path(found).parents[parents - 1] if isinstance(found, str) else None
+    return Path(found) if isinstance(found, str) else None
 
 
 def _listing(folder: Path) -> set[str]:
@@ -87,7 +88,9 @@ def _remote_listing(repository: str, revision: str | None) -> set[str]:
     from huggingface_hub import HfApi
 
     try:
-        return set(HfApi(token=_token()).list_repo_files(repository, revision=revision))
+        # Asked in one go: listing the tree would try five times over before it says that there is no network.
+        siblings = HfApi(token=_token()).model_info(repository, revision=revision, timeout=TIMEOUT_SECONDS).siblings
+        return {sibling.rfilename for sibling in siblings or ()}
     except Exception as error:  # noqa: BLE001 - as above
         _explain(error, repository, revision)
 
@@ -122,7 +125,7 @@ def _wanting(names: Collection[str], variant: str | None) -> str | None:
 def _refuse(repository: str, names: Collection[str], wanting: str) -> NoReturn:
     shown = printable(repository)
     singles = sorted(name for name in names if "/" not in name and name.endswith((".safetensors", ".ckpt")))
-    if singles:
+    if singles and "unet/config.json" not in names:
         raise UserError(
             f"{shown} is no Diffusers model (it has no {wanting}) but holds single files: "
             f"{', '.join(map(printable, singles[:5]))}; download one and name its path"
@@ -149,6 +152,8 @@ def _explain(error: Exception, repository: str, revision: str | None) -> NoRetur
             f"there is no folder, file or Hugging Face model {name}; check the spelling, or set HF_TOKEN in the "
             f"environment if it is private"
         ) from None
+    if status == 403:
+        raise UserError(f"the Hub refuses {name} to you (status 403): HF_TOKEN may lack the right to read it") from None
     if isinstance(error, errors.EntryNotFoundError) and status == 404:
         raise UserError(f"{name} lacks a file that every model of its kind has; see {page}/tree/main") from None
     if isinstance(error, errors.OfflineModeIsEnabled) or errors.OfflineModeIsEnabled in map(type, _causes(error)):

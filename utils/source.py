@@ -107,11 +107,11 @@ def _read_single(path: Path, wanted: Wanted, tokenizer: bool) -> Source:
     single = open_single_file(path, prediction_type=wanted.prediction_type, base=base, ema=wanted.ema)
     files = single.files
     if tokenizer and base is None:
-        files = replace(files, tokenizer=_find_tokenizer(path, files.kind))
+        files = replace(files, tokenizer=find_tokenizer(path, files.kind))
     return Source(str(path), files, partial(split, single), single.told)
 
 
-def _find_tokenizer(path: Path, kind: str) -> dict[str, bytes]:
+def find_tokenizer(path: Path, kind: str) -> dict[str, bytes]:
     """The tokenizer for a single file: from a folder `tokenizer` beside it, else OpenAI's, which both kinds share."""
     from utils.hub import hub_file
     from utils.presets import TOKENIZER_REPOSITORY, tokenizer_settings
