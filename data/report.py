@@ -12,6 +12,7 @@ from data.buckets import crop_loss
 from data.captions import is_empty
 from data.folder import Found
 from data.item import Bucket, Item, Update
+from data.lengths import CutCaption
 from data.plan import Placed
 from utils.errors import printable
 
@@ -35,15 +36,6 @@ class BucketUse:
     lost: float = 0.0
     enlarged: int = 0
     extra: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class CutCaption:
-    """A caption that the tokenizer cuts: how many tokens it has and the words that are lost."""
-
-    item: Item
-    tokens: int
-    lost: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +82,7 @@ def describe_data(
     tell("unreadable_images.txt", f"{_count(len(unreadable), 'picture')} left out", unreadable)
     tell("undersized_images.txt", f"{_count(len(undersized), 'picture')} smaller than the bucket, enlarged", undersized)
     tell("empty_captions.txt", f"{_count(len(empty), 'caption')} empty", empty)
-    long = [_cut(caption) for caption in sorted(cut, key=lambda caption: (-caption.tokens, caption.item.id))]
+    long = [_cut(caption) for caption in cut]
     tell("cut_captions.txt", f"{_count(len(long), 'caption')} longer than the text encoder reads", long)
     same = [" = ".join(printable(item.path) for item in group) for group in duplicates]
     tell("duplicate_images.txt", f"{_count(len(same), 'picture')} there more than once", same)
