@@ -81,6 +81,7 @@ def handler_for(endpoint: Endpoint) -> type[BaseHTTPRequestHandler]:
             folder = endpoint.repositories.get(name)
             if folder is None:
                 return 401, {"X-Error-Code": "RepoNotFound"}, b"{}"
+            words = words if len(words) > 3 else [*words, "revision", "main"]
             if words[3] not in ("main", COMMIT):
                 return 404, {"X-Error-Code": "RevisionNotFound"}, b"{}"
             if not is_api:
