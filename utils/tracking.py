@@ -33,20 +33,31 @@ LAYOUT: dict[str, dict[str, list[str]]] = {
 class Tracker:
     """All sinks of a run. None of them can end it: a sink that fails warns once and is tried again later."""
 
-    def __init__(self, folder: Path | None, *, resume_update: int | None = None, retry_seconds: float = 60.0) -> None:
+    def __init__(
+        self,
+        folder: Path | None,
+        *,
+        resume_update: int | None = None,
+        mirror: Callable[[int | None], Sink] | None = None,
+        retry_seconds: float = 60.0,
+    ) -> None:
         """`folder` is the run's; `None` reports to nobody (processes other than the first of several).
 
         `resume_update`: the run goes on after this update; what an earlier start reported beyond it is dropped.
+        `mirror`: makes one more sink (see `utils.mirror`).
         """
         self._guards: list[Guard] = []
         if folder is None:
             return
+        openers: dict[str, Callable[[int | None], Sink]] = {
+            "TensorBoard's event file": lambda update: EventSink(folder, update),
+            METRICS: lambda update: MetricsSink(folder / METRICS, update),
+        }
+        if mirror is not None:
+            openers["Weights & Biases"] = mirror
         self._guards = [
             Guard(name, _resuming_once(opener, resume_update), retry_seconds=retry_seconds)
-            for name, opener in (
-                ("TensorBoard's event file", lambda update: EventSink(folder, update)),
-                (METRICS, lambda update: MetricsSink(folder / METRICS, update)),
-            )
+            for name, opener in openers.items()
         ]
 
     def scalars(self, update: int, values: Mapping[str, SupportsFloat]) -> None:
