@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from optimizer.build import Part
+from optimizer.loss_scale import LossScale
 from optimizer.stepping import takes_found_inf
 from optimizer.update import StepResult, Updater
 from utils.errors import UserError
@@ -25,7 +26,14 @@ class UpdaterInBackward(Updater):
     """
 
     def __init__(
-        self, parts: Sequence[Part], *, seed: int, clip_grad_norm: float | None = None, grad_accum: int = 1
+        self,
+        parts: Sequence[Part],
+        *,
+        seed: int,
+        grad_accum: int = 1,
+        clip_grad_norm: float | None = None,
+        loss_scale: LossScale | None = None,
+        sum_over_processes: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         if clip_grad_norm is not None:
             raise UserError("step_in_backward never holds all gradients, so there is no norm to clip_grad_norm by")
@@ -34,6 +42,12 @@ class UpdaterInBackward(Updater):
                 f"step_in_backward saves nothing with grad_accum = {grad_accum}, which keeps all gradients; "
                 f"use grad_accum = 1"
             )
+        if loss_scale is not None:
+            raise UserError(
+                "step_in_backward does not go with fp16, where an update is taken or left as a whole; use bf16"
+            )
+        if sum_over_processes is not None:
+            raise UserError("step_in_backward trains in one process; start train.py without accelerate launch")
         super().__init__(parts, seed=seed)
         self._closing: int | None = None
         self._squares = {part.name: torch.zeros_like(self._loss) for part in self.parts}

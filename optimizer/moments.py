@@ -8,9 +8,9 @@ from typing import Any
 from optimizer.build import Part
 from utils.errors import UserError
 
-# What optimizers that find their own rate keep beside their options: it goes on, today's options do not replace it.
+# What changes with every update goes on as saved: the rate, and what optimizers that find their own keep beside it.
 _PROGRESS = frozenset(
-    """params k d d_max d_hat d_numerator d_denom numerator_weighted gsq_weighted g0_norm
+    """params lr k d d_max d_hat d_numerator d_denom numerator_weighted gsq_weighted g0_norm
     lr_max weight_sum scheduled_lr train_mode""".split()  # noqa: SIM905
 )
 

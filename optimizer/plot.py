@@ -38,5 +38,6 @@ def plot(rate: Callable[[int], float], updates: int, *, width: int = WIDTH, heig
         marks = "".join("*" if level == row else " " for level in rows)
         lines.append(f"  {label} |{marks}".rstrip())
     lines.append(f"  {'':9} +{'-' * columns}")
-    lines.append(f"  {'update':>9}  0{updates - 1:>{max(1, columns - 1)}}")
+    last = f" {updates - 1}"
+    lines.append(f"  {'update':>9}  0{last:>{columns - 1}}")
     return lines

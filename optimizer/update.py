@@ -50,6 +50,9 @@ class Updater:
         seed: of the run, for stochastic rounding.
         loss_scale: under fp16.
         sum_over_processes: where several processes share an update: the sum of a tensor over them.
+
+    Raises:
+        UserError: bf16 weights together with fp16 gradients.
     """
 
     def __init__(
@@ -62,6 +65,8 @@ class Updater:
         sum_over_processes: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         assert parts, "nothing to train"
+        if loss_scale is not None and any(part.memory.bf16_weights for part in parts):
+            raise UserError("weight_dtype = bf16 computes in bf16; leave amp_dtype at auto or set it to bf16")
         self.parts = tuple(parts)
         self.clip_grad_norm = clip_grad_norm
         self.loss_scale = loss_scale
