@@ -176,7 +176,7 @@ class _Root:
             for sidecar in sidecars:
                 settings = merge(settings, self._sidecar(folder, sidecar))
         except BrokenFileError as error:
-            broken = str(error)
+            broken = f"{error.place}: {error.reason}"
         fallback = caption_from_name(stem) if settings.main_prompt is None else EMPTY
         for name in names:
             try:

@@ -13,7 +13,7 @@ from data.text import BrokenFileError, without_surrogates
 
 MAX_DEPTH = 12
 _NULLS = {"", "~", "null", "Null", "NULL"}
-_STANDARD = "tag:yaml.org,2002:"
+_TAGS = {None, "!", *(f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null", "seq", "map"))}
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,8 @@ def parse_yaml(text: str, path: str) -> Node | None:
     try:
         events = [event for event in yaml.parse(text, Loader=loader) if not isinstance(event, yaml.StreamStartEvent)]
     except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark is not None else None
+        # The end of the file is marked as one line below the last.
+        line = min(error.problem_mark.line, text.rstrip().count("\n")) + 1 if error.problem_mark is not None else None
         raise BrokenFileError(path, line, f"is no valid YAML: {error.problem}") from error
     except (yaml.YAMLError, UnicodeError) as error:
         raise BrokenFileError(path, None, f"is no valid YAML: {' '.join(str(error).split())}") from error
@@ -77,7 +78,7 @@ def _from_events(event: yaml.Event, events: Iterator[yaml.Event], path: str, dep
     if isinstance(event, yaml.AliasEvent):
         raise BrokenFileError(path, line, "uses a YAML alias (*name); write the value out")
     tag = getattr(event, "tag", None)
-    if tag not in (None, "!") and not tag.startswith(_STANDARD):
+    if tag not in _TAGS:
         raise BrokenFileError(path, line, f"uses the YAML tag {tag}; only plain values are read")
     if depth > MAX_DEPTH:
         raise BrokenFileError(path, line, f"is nested deeper than {MAX_DEPTH} levels")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import os
+from pathlib import Path
 
 MAX_BYTES = 1 << 20
 # Not blocking: a pipe that got past all checks must not hold the program.
@@ -16,9 +17,13 @@ class BrokenFileError(Exception):
     """A caption or settings file that cannot be understood; the text names the file, the line and the reason."""
 
     def __init__(self, path: str, line: int | None, reason: str) -> None:
-        place = path if line is None else f"{path}, line {line}"
-        super().__init__(f"{place}: {reason}")
+        super().__init__(f"{path}{'' if line is None else f', line {line}'}: {reason}")
         self.path, self.line, self.reason = path, line, reason
+
+    @property
+    def place(self) -> str:
+        """The name of the file and the line, without the folder."""
+        return f"{Path(self.path).name}{'' if self.line is None else f', line {self.line}'}"
 
 
 def read_text(path: str) -> tuple[str, str | None]:
