@@ -15,7 +15,10 @@ VERSION = "1.0.0"
 IMPLEMENTATION = "https://github.com/Stability-AI/generative-models"
 MAX_PREVIEW_BYTES = 128 << 10
 # Options that hold where things lie, or whose words may: they say more about the user's machine than about the model.
-PRIVATE = ("path", "dir", "logdir", "root", "ckpt", "config", "prompts", "plugins", "resume", "model", "gpuid", "device")
+PRIVATE = (
+    *("path", "dir", "logdir", "root", "ckpt", "config", "prompts", "plugins"),
+    *("resume", "model", "gpuid", "device"),
+)
 SECRET = ("token", "key", "secret", "password")
 
 
