@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from utils.errors import Problem, ProblemsError, UserError, printable
+from utils.errors import Problem, ProblemsError, UserError
 from utils.logs import LOGGER
 from utils.options import read_json_object
 from utils.schema import option, read_values
@@ -103,6 +103,8 @@ class SamplePlan:
         self._batch_size = batch_size
         self._told = ""
         self._values, self._entries = self._read()
+        if self._path is not None and not self._path.exists():
+            LOGGER.info("there is no %s, so samples are drawn of captions of the data", self._path)
 
     def due(self, update: int) -> bool:
         """Whether samples are due after `update`; 0 is before the first."""
@@ -151,13 +153,24 @@ class SamplePlan:
         )
 
     def _read(self) -> tuple[SampleFile, tuple[SampleEntry, ...]]:
-        if self._path is None or not self._path.exists():
+        if self._path is None:
             return SampleFile(batch_size=self._batch_size), ()
-        if self._path.suffix.lower() == ".json":
-            return read_sample_json(self._path, self._batch_size)
-        lines = [line.strip() for line in _read_text(self._path).splitlines()]
-        entries = tuple(SampleEntry(prompt=line) for line in lines if line)
-        return SampleFile(batch_size=self._batch_size), entries
+        return _read_samples(self._path, self._batch_size)
+
+
+def check_samples(path: str | None) -> None:
+    """Raise `ProblemsError` with everything that is wrong with a sample file; one that is missing is not wrong."""
+    if path is not None:
+        _read_samples(Path(path), 1)
+
+
+def _read_samples(path: Path, batch_size: int) -> tuple[SampleFile, tuple[SampleEntry, ...]]:
+    if not path.exists():
+        return SampleFile(batch_size=batch_size), ()
+    if path.suffix.lower() == ".json":
+        return read_sample_json(path, batch_size)
+    lines = [line.strip() for line in _read_text(path).splitlines()]
+    return SampleFile(batch_size=batch_size), tuple(SampleEntry(prompt=line) for line in lines if line)
 
 
 def read_sample_json(path: Path, batch_size: int) -> tuple[SampleFile, tuple[SampleEntry, ...]]:
@@ -258,8 +271,7 @@ def _read_text(path: Path) -> str:
     try:
         return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(
-            f"{printable(path)}: is not UTF-8 text (byte {error.start}); save the prompts as UTF-8"
-        ) from None
+        remedy = f"is not UTF-8 text (byte {error.start}); save the prompts as UTF-8"
     except OSError as error:
-        raise UserError(f"{printable(path)}: cannot be read: {error.strerror}") from None
+        remedy = f"cannot be read: {error.strerror}"
+    raise ProblemsError([Problem(str(path), "", None, remedy)])
