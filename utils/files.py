@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -34,15 +33,25 @@ def sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
+def walk(folder: Path) -> Iterator[tuple[Path, list[Path]]]:
+    """`folder` and each folder below it with its files, deepest first; raises what the disk raises.
+
+    `Path.rglob` passes over folders that cannot be read, and their files would silently be left out.
+    """
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    for root, folders, files in os.walk(folder, topdown=False, onerror=fail):
+        folders.sort()
+        yield Path(root), [Path(root, name) for name in sorted(files)]
+
+
 def sync_tree(folder: Path) -> None:
     """Sync every file and folder below `folder`, and `folder` itself."""
-    folders = [folder]
-    for entry in sorted(folder.rglob("*")):
-        if entry.is_dir():
-            folders.append(entry)
-        else:
-            sync_file(entry)
-    for each in reversed(folders):
+    for each, files in walk(folder):
+        for file in files:
+            sync_file(file)
         sync_folder(each)
 
 
@@ -95,14 +104,21 @@ def honour_umask(path: Path) -> None:
     """Give `path`, a file or all files below a folder, the mode that `open` would give it (safetensors writes 0600)."""
     if os.name == "nt":
         return
-    # Asking for the umask means changing it for every thread; a fresh file tells without harm.
-    probe = partial_path(path.with_name(f"{path.name}.mode"))
-    with probe.open("wb"):
-        mode = stat.S_IMODE(probe.stat().st_mode)
-    probe.unlink()
-    for file in [path] if path.is_file() else path.rglob("*"):
-        if file.is_file() and not file.is_symlink():
+    mode = 0o666 & ~_umask()
+    for file in [path] if path.is_file() else [file for _, files in walk(path) for file in files]:
+        if not file.is_symlink():
             file.chmod(mode)
+
+
+def _umask() -> int:
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
+            if line.startswith("Umask:"):
+                return int(line.split()[1], 8)
+    # Elsewhere asking means changing it, for all threads, for a moment; the strict way round.
+    umask = os.umask(0o077)
+    os.umask(umask)
+    return umask
 
 
 def remove_folder(folder: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.errors import UserError, printable
-from utils.files import sync_folder, sync_tree
+from utils.files import sync_folder, sync_tree, walk
 
 MANIFEST = "manifest.json"
 MANIFEST_VERSION = 1
@@ -20,6 +20,10 @@ CHUNK = 4 * 2**20
 
 class DamagedError(UserError):
     """A file or folder is not what was once written: what is wrong with it, in words."""
+
+
+class UnreadableError(DamagedError):
+    """The disk did not let it be read, now; that proves nothing about what is there."""
 
 
 def hash_file(path: Path, *, from_disk: bool = False) -> str:
@@ -36,10 +40,11 @@ def hash_file(path: Path, *, from_disk: bool = False) -> str:
 
 
 def _files(folder: Path, skip: str) -> Iterator[tuple[str, Path]]:
-    for path in sorted(folder.rglob("*")):
-        relative = path.relative_to(folder)
-        if path.is_file() and relative.as_posix() != MANIFEST and relative.parts[0] != skip:
-            yield relative.as_posix(), path
+    for _, files in walk(folder):
+        for path in files:
+            relative = path.relative_to(folder)
+            if relative.as_posix() != MANIFEST and relative.parts[0] != skip:
+                yield relative.as_posix(), path
 
 
 def write_manifest(folder: Path, content: dict[str, Any], *, skip: str = "") -> None:
@@ -48,7 +53,8 @@ def write_manifest(folder: Path, content: dict[str, Any], *, skip: str = "") -> 
     The files must be complete; they are synced before the manifest is. The sub-folder `skip` has a manifest of its own.
     """
     assert not {"files", "manifest_version", "checksum"} & set(content), "these keys belong to the manifest itself"
-    files = {name: {"bytes": path.stat().st_size, "sha256": hash_file(path)} for name, path in _files(folder, skip)}
+    present = sorted(_files(folder, skip))
+    files = {name: {"bytes": path.stat().st_size, "sha256": hash_file(path)} for name, path in present}
     sync_tree(folder)
     text = _manifest_text({"manifest_version": MANIFEST_VERSION, **content, "files": files})
     path = folder / MANIFEST
@@ -84,7 +90,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         for entry in content["files"].values():
             if not (isinstance(entry["bytes"], int) and isinstance(entry["sha256"], str)):
                 raise DamagedError(f"{printable(path)} lists {printable(entry)} as a file")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except OSError as error:
+        raise UnreadableError(f"{printable(path)} cannot be read: {printable(error)}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedError(f"{printable(path)} cannot be read: {printable(error)}") from error
     return content
 
@@ -95,9 +103,17 @@ def verify_folder(folder: Path, *, skip: str = "", hashes: bool = True, from_dis
     Files that the manifest does not name are none of ours and pass. Raises DamagedError that names the first bad file.
     """
     content = read_manifest(folder)
+    try:
+        _compare(folder, dict(_files(folder, skip)), content["files"], hashes, from_disk)
+    except OSError as error:
+        raise UnreadableError(f"{printable(folder)} cannot be read: {printable(error)}") from error
+    return content
+
+
+def _compare(
+    folder: Path, present: dict[str, Path], listed: dict[str, dict[str, Any]], hashes: bool, from_disk: bool
+) -> None:
     # The names on the disk are looked up in the manifest, never the other way round: a manifest cannot point elsewhere.
-    present = dict(_files(folder, skip))
-    listed: dict[str, dict[str, Any]] = content["files"]
     for name, entry in listed.items():
         if name not in present:
             raise DamagedError(f"{printable(folder / MANIFEST)} names {printable(name)}, which is missing")
@@ -105,10 +121,5 @@ def verify_folder(folder: Path, *, skip: str = "", hashes: bool = True, from_dis
         if size != entry["bytes"]:
             raise DamagedError(f"{printable(present[name])} has {size} bytes instead of {entry['bytes']}")
     for name, entry in listed.items() if hashes else ():
-        try:
-            found = hash_file(present[name], from_disk=from_disk)
-        except OSError as error:
-            raise DamagedError(f"{printable(present[name])} cannot be read: {printable(error)}") from error
-        if found != entry["sha256"]:
+        if hash_file(present[name], from_disk=from_disk) != entry["sha256"]:
             raise DamagedError(f"{printable(present[name])} has changed since it was written (its hash differs)")
-    return content

@@ -14,7 +14,7 @@ from typing import Any
 from utils.checkpoint import FORMAT, FORMAT_VERSION, STATE, STATES_KEPT, Checkpoint, Record, list_checkpoints, prove
 from utils.errors import TryLaterError, printable
 from utils.files import drop_replaced, honour_umask, partial_path, remove_folder, replace_folder, restore_replaced
-from utils.manifest import DamagedError, read_manifest, verify_folder, write_manifest
+from utils.manifest import DamagedError, UnreadableError, read_manifest, verify_folder, write_manifest
 from utils.tree import Tree, load_tree, same_tree, save_tree, tree_bytes
 
 GOOD_KEPT = 2
@@ -79,7 +79,7 @@ def save_checkpoint(
     try:
         drop_replaced(folder)
         prune(ckpts, Retention() if retention is None else retention)
-    except OSError as error:
+    except (OSError, UnreadableError) as error:
         # The checkpoint is safe; what should have gone is tried again after the next save.
         logger.warning("old checkpoints in %s could not be removed: %s", printable(ckpts), printable(error))
     return folder
@@ -167,6 +167,9 @@ def _complete(folder: Path) -> bool:
     """Whether all files are there in full length: what a look at the names can tell."""
     try:
         verify_folder(folder, skip=STATE, hashes=False)
+    except UnreadableError:
+        # Nothing may be dropped on the word of a disk that is out of order.
+        raise
     except DamagedError:
         return False
     return True
