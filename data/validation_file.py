@@ -73,10 +73,12 @@ def _is_named_folders(value: Any) -> bool:
     )
 
 
-def validation_updates(updates_of_epochs: Sequence[int], every_n_epochs: float) -> frozenset[int]:
+def validation_updates(
+    updates_of_epochs: Sequence[int], every_n_epochs: float, total: int | None = None
+) -> frozenset[int]:
     """The updates of the run after which validation is due: 0 (before the first), every so many epochs, the last.
 
-    Fractions of an epoch fall on its nearest update.
+    Fractions of an epoch fall on its nearest update. `total`: the run ends after so many updates.
     """
     ends = [0, *accumulate(updates_of_epochs)]
     epochs = len(updates_of_epochs)
@@ -86,7 +88,8 @@ def validation_updates(updates_of_epochs: Sequence[int], every_n_epochs: float) 
         epoch = min(math.floor(place + 1e-9), epochs)
         inside = max(0.0, place - epoch)
         due.add(ends[epoch] if epoch == epochs else ends[epoch] + round(inside * updates_of_epochs[epoch]))
-    return frozenset(due)
+    last = ends[-1] if total is None else total
+    return frozenset(update for update in due if update <= last) | {last}
 
 
 def epoch_of(update: int, updates_of_epochs: Sequence[int]) -> int:

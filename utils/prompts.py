@@ -42,6 +42,7 @@ class SampleFile:
     seed: int | None = option(
         None, "seed of the samples; -1: another one each time; not given: that of the run", low=-1
     )
+    prompt_weights: bool = option(False, "(word:1.2) and [word] weigh words in prompts; never in captions of the data")
     samples: Any = option(None, "the list of samples")
 
 
@@ -65,6 +66,7 @@ class SampleJob:
     Args:
         index: its place in the file, from 0; it numbers the picture's file and tag.
         seed: of the generator of its noise, as any Diffusers program takes it.
+        weighted: the prompts are in the grammar of `utils.prompt_weights`.
     """
 
     index: int
@@ -74,6 +76,7 @@ class SampleJob:
     width: int
     height: int
     cfgs: tuple[float, ...]
+    weighted: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,8 +138,8 @@ class SamplePlan:
         )
 
     def _job(self, index: int, entry: SampleEntry, update: int, captions: Sequence[str]) -> SampleJob:
-        prompt = entry.prompt
-        if (entry.random_caption or prompt is None) and captions:
+        prompt, from_data = entry.prompt, entry.random_caption or entry.prompt is None
+        if from_data and captions:
             prompt = stream(self._seed, "sample caption", update, index).choice(list(captions))
         given = [seed for seed in (entry.seed, self._values.seed) if seed is not None]
         seed = given[0] if given else self._seed
@@ -150,6 +153,7 @@ class SamplePlan:
             width=width,
             height=height,
             cfgs=_first_given(entry.cfgs, self._values.cfgs, CFGS),
+            weighted=self._values.prompt_weights and not from_data,
         )
 
     def _read(self) -> tuple[SampleFile, tuple[SampleEntry, ...]]:

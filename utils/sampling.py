@@ -12,6 +12,7 @@ import torch
 
 from utils.borrow import undisturbed
 from utils.models import Models, encode_text, noise_scheduler, tokenize
+from utils.prompt_weights import weigh, weighted_tokens
 from utils.prompts import SampleJob, SampleSheet
 
 if TYPE_CHECKING:
@@ -119,13 +120,9 @@ def _draw(
     zero_terminal_snr: bool,
     device: torch.device | str,
 ) -> list[Image]:
-    def embed(texts: list[str]) -> Tensor:
-        tokens = tokenize(models, texts).to(device)
-        return encode_text(models.text_encoder, tokens, clip_skip)
-
     latents = pipeline(
-        prompt_embeds=embed([job.prompt for job in jobs]),
-        negative_prompt_embeds=embed([job.negative_prompt for job in jobs]),
+        prompt_embeds=_embed(models, [(job.prompt, job.weighted) for job in jobs], clip_skip, device),
+        negative_prompt_embeds=_embed(models, [(job.negative_prompt, job.weighted) for job in jobs], clip_skip, device),
         width=jobs[0].width,
         height=jobs[0].height,
         num_inference_steps=steps,
@@ -137,6 +134,21 @@ def _draw(
     ).images
     # One by one: decoding needs several times the memory of a denoising step.
     return [_decode(pipeline, models, latent[None]) for latent in latents]
+
+
+def _embed(models: Models, prompts: Sequence[tuple[str, bool]], clip_skip: int, device: torch.device | str) -> Tensor:
+    """The contexts of `prompts` (text, whether its words are weighed), as the training makes them."""
+    embedding = encode_text(models.text_encoder, tokenize(models, [text for text, _ in prompts]).to(device), clip_skip)
+    if not any(weighted for _, weighted in prompts):
+        return embedding
+    rows = []
+    for row, (text, weighted) in enumerate(prompts):
+        if weighted:
+            tokens, weights = (part.to(device) for part in weighted_tokens(models, text))
+            rows.append(weigh(encode_text(models.text_encoder, tokens, clip_skip), weights)[0])
+        else:
+            rows.append(embedding[row])
+    return torch.stack(rows)
 
 
 def _decode(pipeline: Any, models: Models, latent: Tensor) -> Image:

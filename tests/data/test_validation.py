@@ -140,5 +140,9 @@ def test_when_validation_is_due(epochs: tuple[int, ...], every: float, due: set[
     assert validation_updates(epochs, every) == due
 
 
+def test_a_run_that_is_cut_short_ends_with_validation() -> None:
+    assert validation_updates((10, 10), 1, total=14) == {0, 10, 14}
+
+
 def test_epoch_of_an_update() -> None:
     assert [epoch_of(update, (2, 3)) for update in range(6)] == [0, 1, 1, 2, 2, 2]

@@ -148,3 +148,11 @@ def test_sizes_by_aspect_ratio(ratio: float, resolution: int) -> None:
     assert abs(width / height / ratio - 1) < 0.2
     turned = sample_size(SampleEntry(aspect_ratio=1 / ratio), resolution, step)
     assert turned == (height, width)
+
+
+def test_weights_are_for_prompts_and_never_for_captions(tmp_path: Path) -> None:
+    entries = [{"prompt": "(a:2)"}, {"prompt": "b", "random_caption": True}, {}]
+    path = write(tmp_path / "s.json", {"prompt_weights": True, "samples": entries})
+    assert [job.weighted for job in jobs(path, ("a (cat:2)",))] == [True, False, False]
+    path = write(tmp_path / "s.json", {"samples": entries})
+    assert not any(job.weighted for job in jobs(path, ("a (cat:2)",)))
