@@ -17,7 +17,7 @@ from starter.pretrain_vae import train_vae
 from starter.tokenizer import write_tokenizer
 
 SIZES = {"starter": STARTER, "tiny": TINY}
-SHELF = 4096  # drawings of each size
+SHELF = 3072  # drawings of each size
 
 
 def random_model(
@@ -45,7 +45,9 @@ def pretrain_autoencoder(work: Path, *, seed: int, crop_steps: int, full_steps: 
     train_vae(vae, seed=seed, crop_steps=crop_steps, full_steps=full_steps, after=lambda _: save_part(path, vae))
 
 
-def pretrain_networks(work: Path, out: Path, *, seed: int, steps: int, batch_size: int, lr: float) -> None:
+def pretrain_networks(
+    work: Path, out: Path, *, seed: int, steps: int, batch_size: int, lr: float, minutes: float | None
+) -> None:
     """The second stage: UNet and text encoder on the first stage's latents; every 500 steps `out` is written anew."""
     from safetensors.torch import load_file
 
@@ -60,12 +62,21 @@ def pretrain_networks(work: Path, out: Path, *, seed: int, steps: int, batch_siz
 
     def after(step: int) -> None:
         save_pipeline(out, networks, dtype=torch.float16, scaling_factor=scale)
-        if step % 1000 == 0 or step == steps:
+        if step % 1000 == 0:
             mark = {"step": step, "seconds": round(time.monotonic() - started)} | _marks(out)
             print(json.dumps(mark), flush=True)
 
     train_unet(
-        networks, tokenizer, shelves, scale=scale, seed=seed, steps=steps, batch_size=batch_size, lr=lr, after=after
+        networks,
+        tokenizer,
+        shelves,
+        scale=scale,
+        seed=seed,
+        steps=steps,
+        batch_size=batch_size,
+        lr=lr,
+        minutes=minutes,
+        after=after,
     )
 
 
@@ -93,9 +104,10 @@ def main() -> None:
     parser.add_argument("--stage", choices=("all", "vae", "unet"), default="all")
     parser.add_argument("--crop-steps", type=int, default=2500)
     parser.add_argument("--full-steps", type=int, default=1200)
-    parser.add_argument("--steps", type=int, default=4000)
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--steps", type=int, default=5200)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--lr", type=float, default=7e-4)
+    parser.add_argument("--minutes", type=float, help="wall time of the second stage, if --steps take longer")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.random:
@@ -113,6 +125,7 @@ def main() -> None:
             steps=options.steps,
             batch_size=options.batch_size,
             lr=options.lr,
+            minutes=options.minutes,
         )
 
 

@@ -31,10 +31,6 @@ def make_pictures(folder: Path, *, seed: int = 0) -> int:
     """Write the folder and return how many pictures it holds; the same `seed` gives the same pictures."""
     new = _draw_new(folder / "zorps", seed)
     old = _draw_old(folder / "known", seed)
-    _write(
-        folder / "global.yaml",
-        "# For every folder below: one caption in ten is trained empty, for guidance.\ncond_dropout: 0.1\n",
-    )
     return new + old
 
 

@@ -136,40 +136,46 @@ def train_unet(
     steps: int,
     batch_size: int,
     lr: float,
+    minutes: float | None,
     after: Callable[[int], None],
 ) -> None:
     """Train UNet and text encoder in place; `after(step)` is called every 500 steps, with the averaged weights in.
 
-    AdamW, 200 steps of warmup, a cosine to zero. Ends with the averaged weights in place.
+    AdamW, 200 steps of warmup, a cosine to zero over `steps`, or over `minutes` of wall time if those end first (the
+    weights then depend on the machine's speed as well). Ends with the averaged weights in place.
     """
     alphas = alphas_cumprod()
     snr = alphas / (1 - alphas)
     weights = snr.clamp(max=SNR_GAMMA) / snr
     parameters = [*networks.unet.parameters(), *networks.text_encoder.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warm_cosine(step, steps, 200))
     average = Average(networks)
     started = time.monotonic()
     networks.unet.train(), networks.text_encoder.train()
     running = 0.0
     for step in range(1, steps + 1):
+        done = step / steps if minutes is None else max(step / steps, (time.monotonic() - started) / 60 / minutes)
+        last = done >= 1
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min(step / 200, warm_cosine(round(1000 * min(done, 1)), 1000, 0))
         batch = draw_batch(shelves, tokenizer, alphas, scale=scale, seed=seed, step=step, count=batch_size)
         loss = unet_loss(networks, batch, weights)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(parameters, 1.0, foreach=True)
         optimizer.step()
-        schedule.step()
         average.update(step)
         running += loss.item()
         if step % 50 == 0:
             print(f"unet {step}/{steps} loss {running / 50:.4f} {time.monotonic() - started:.0f} s", flush=True)
             running = 0.0
-        if step % 500 == 0 or step == steps:
+        if step % 500 == 0 or last:
             average.swap()
             after(step)
-            if step < steps:
-                average.swap()
+        if last:
+            return
+        if step % 500 == 0:
+            average.swap()
 
 
 def save_part(path: Path, part: Any) -> None:
