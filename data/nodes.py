@@ -53,22 +53,21 @@ def parse_yaml(text: str, path: str) -> Node | None:
     Raises:
         BrokenFileError: with file and line.
     """
-    loader = getattr(yaml, "CBaseLoader", yaml.BaseLoader)
+    events = iter(yaml.parse(text, Loader=getattr(yaml, "CBaseLoader", yaml.BaseLoader)))
     try:
-        events = [event for event in yaml.parse(text, Loader=loader) if not isinstance(event, yaml.StreamStartEvent)]
+        tree = None
+        for event in events:
+            if isinstance(event, yaml.DocumentStartEvent):
+                if tree is not None:
+                    raise BrokenFileError(path, None, "holds more than one YAML document")
+                # One event after another: what is nested too deep is refused before the rest of it is looked at.
+                tree = _from_events(next(events), events, path, 0)
     except yaml.MarkedYAMLError as error:
         # The end of the file is marked as one line below the last.
         line = min(error.problem_mark.line, text.rstrip().count("\n")) + 1 if error.problem_mark is not None else None
         raise BrokenFileError(path, line, f"is no valid YAML: {error.problem}") from error
     except (yaml.YAMLError, UnicodeError) as error:
         raise BrokenFileError(path, None, f"is no valid YAML: {' '.join(str(error).split())}") from error
-    documents = sum(isinstance(event, yaml.DocumentStartEvent) for event in events)
-    if documents > 1:
-        raise BrokenFileError(path, None, "holds more than one YAML document")
-    if documents == 0:
-        return None
-    stream = iter(events[1:])
-    tree = _from_events(next(stream), stream, path, 0)
     return None if isinstance(tree, Scalar) and tree.null and not tree.text else tree
 
 
