@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,16 @@ import torch
 from utils.errors import UserError, printable
 from utils.keymap import disk_name, key_map
 from utils.model_files import CLASSES, COMPONENTS, TOKENIZER_FILES, ModelFiles, read_model_files
-from utils.tensor_writer import Piece, write_tensors
+from utils.tensor_writer import (
+    CHUNK_NUMBERS,
+    NO_HASH,
+    UNSEALED_KEY,
+    Piece,
+    hash_tensors,
+    same_tensor,
+    seal,
+    write_tensors,
+)
 from utils.weights import read_safetensors, require_finite
 
 if TYPE_CHECKING:
@@ -85,10 +95,11 @@ def write_single_file(
     """Write the single file in the original layout and return the paths written.
 
     For SD 2.x and for v-prediction a `.yaml` of the same name stands beside it, as web UIs expect. `metadata` comes
-    from `modelspec`; the hash of the tensors is added to it.
+    from `modelspec`; the hash of the tensors is added to it by `check_single_file`.
     """
     pieces = single_file_pieces(disk_weights(weights), files)
-    write_tensors(path, pieces, dtype, {"format": "pt", **(metadata or {})}, hashed=True)
+    spoken = {"format": "pt", **(metadata if metadata is not None else {})}
+    write_tensors(path, pieces, dtype, spoken | {UNSEALED_KEY: NO_HASH})
     if files.kind == "sd1" and files.prediction_type == "epsilon":
         return [path]
     from utils.ldm_yaml import ldm_yaml
@@ -100,9 +111,15 @@ def write_single_file(
 
 
 def check_single_file(path: Path, weights: Weights, files: ModelFiles, dtype: torch.dtype = torch.float16) -> None:
-    """Read the single file back and compare every tensor with `weights`; `UserError` names the first difference."""
+    """Read the single file back, compare every tensor with `weights`, then put the hash of them all into its metadata.
+
+    `UserError` names the first difference.
+    """
     pieces = single_file_pieces(disk_weights(weights), files)
-    _compare(path, read_safetensors(path), {piece.name: piece.make for piece in pieces}, dtype)
+    with ThreadPoolExecutor(1) as helper:
+        hashing = helper.submit(hash_tensors, path)
+        _compare(path, read_safetensors(path), {piece.name: piece.make for piece in pieces}, dtype)
+    seal(path, hashing.result())
 
 
 def single_file_pieces(weights: Weights, files: ModelFiles) -> list[Piece]:
@@ -132,16 +149,11 @@ def _compare(path: Path, found: Mapping[str, Tensor], expected: Mapping[str, Any
     if found.keys() != expected.keys():
         strays = sorted(set(found) ^ set(expected))
         raise UserError(f"{name} does not hold the tensors that were written: {', '.join(map(printable, strays[:3]))}")
+    buffer = torch.empty(CHUNK_NUMBERS, dtype=dtype)
     for key, source in expected.items():
-        wanted = (source() if callable(source) else source).detach().to(dtype).contiguous()
-        if found[key].dtype != dtype or found[key].shape != wanted.shape or not _same_bits(found[key], wanted):
+        if not same_tensor(found[key], source() if callable(source) else source, buffer):
             raise UserError(f"{name}: {printable(key)} differs from the model in memory; the disk may be failing")
-        require_finite(key, wanted, str(path))
-
-
-def _same_bits(a: Tensor, b: Tensor) -> bool:
-    as_integers = {2: torch.int16, 4: torch.int32}[a.element_size()]
-    return torch.equal(a.view(as_integers), b.view(as_integers))
+        require_finite(key, found[key], str(path))
 
 
 def _config(files: ModelFiles, part: str) -> dict[str, Any]:

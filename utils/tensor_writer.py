@@ -1,22 +1,30 @@
-"""Tensors to a safetensors file, one at a time: cast, hashed and written without a second copy of the model."""
+"""Tensors to a safetensors file, cast and written in small pieces, without a second copy of the model."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import cycle
+from math import prod
 from pathlib import Path
 from queue import Queue
 from threading import Thread
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+
+from utils.errors import UserError, printable
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-HASH_KEY = "modelspec.hash_sha256"
-_NO_HASH = "0x" + "0" * 64
+# Of one length, so that the hash of a file read back and found good can take its place in the header.
+HASH_KEY, UNSEALED_KEY = "modelspec.hash_sha256", "emulsion.not_verified"
+NO_HASH = "0x" + "0" * 64
+# Small enough to stay in the processor's cache between casting and writing.
+CHUNK_NUMBERS = 1 << 21
+_QUEUED = 2
 
 
 class Piece(NamedTuple):
@@ -27,35 +35,83 @@ class Piece(NamedTuple):
     make: Callable[[], Tensor]
 
 
-def write_tensors(
-    path: Path, pieces: Sequence[Piece], dtype: torch.dtype, metadata: Mapping[str, str], *, hashed: bool = False
-) -> None:
+def write_tensors(path: Path, pieces: Sequence[Piece], dtype: torch.dtype, metadata: Mapping[str, str]) -> None:
     """Write `pieces` in `dtype` to `path`, mode 0644, not yet synced.
 
-    With `hashed`, the SHA-256 of all tensor bytes goes into the metadata as `modelspec.hash_sha256`.
-    Peak memory is a few of the tensors. Raises `OSError` when the disk is full.
+    Peak memory is the largest tensor that `make` creates, and a few MiB. Raises `OSError` when the disk is full.
     """
     ordered = sorted(pieces, key=lambda piece: piece.name)
-    header = _header(ordered, dtype, dict(metadata) | ({HASH_KEY: _NO_HASH} if hashed else {}))
     with path.open("wb", buffering=0) as file:
-        file.write(header)
-        digest = hashlib.sha256() if hashed else None
-        consumers = [_Consumer(lambda data: _write_all(file, data))]
-        if digest is not None:
-            consumers.append(_Consumer(digest.update))
-        _pump(ordered, dtype, consumers)
-        if digest is not None:
-            file.seek(header.index(_NO_HASH.encode("ascii")))
-            file.write(f"0x{digest.hexdigest()}".encode("ascii"))
+        file.write(_header(ordered, dtype, metadata))
+        writer = _Writer(file)
+        # One buffer being filled, some waiting, one being written.
+        buffers = cycle(_buffers(dtype, _QUEUED + 2))
+        try:
+            for piece in ordered:
+                made = piece.make()
+                assert tuple(made.shape) == piece.shape, piece.name
+                for chunk in flat_chunks(made, dtype, buffers):
+                    writer.put(_bytes_of(chunk))
+        finally:
+            writer.close()
+        if writer.error is not None:
+            raise writer.error
     path.chmod(0o644)
 
 
-def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous CPU tensor, without a copy."""
+def flat_chunks(tensor: Tensor, dtype: torch.dtype, buffers: Iterator[Tensor]) -> Iterator[Tensor]:
+    """The numbers of `tensor` in `dtype`, flat and piece by piece; what needs casting is cast into the next buffer."""
+    for piece in _split(tensor.detach()):
+        yield piece if piece.dtype == dtype else next(buffers)[: piece.numel()].copy_(piece)
+
+
+def _buffers(dtype: torch.dtype, count: int) -> list[Tensor]:
     import torch
 
-    array: Any = tensor.reshape(-1).view(torch.uint8).numpy()
-    return memoryview(array)
+    return [torch.empty(CHUNK_NUMBERS, dtype=dtype) for _ in range(count)]
+
+
+def same_tensor(found: Tensor, expected: Tensor, buffer: Tensor) -> bool:
+    """Whether `found` is `expected`, cast to its precision, bit for bit; `buffer` is of that precision."""
+    import torch
+
+    if found.shape != expected.shape or found.dtype != buffer.dtype:
+        return False
+    integers = {2: torch.int16, 4: torch.int32}[found.element_size()]
+    ours = flat_chunks(expected, found.dtype, cycle([buffer]))
+    return all(torch.equal(a.view(integers), b.view(integers)) for a, b in zip(_split(found), ours, strict=True))
+
+
+def _split(tensor: Tensor) -> tuple[Tensor, ...]:
+    import torch
+
+    return torch.split(tensor.reshape(-1), CHUNK_NUMBERS)
+
+
+def hash_tensors(path: Path) -> str:
+    """The SHA-256 of all tensor bytes of the safetensors file `path`, as the metadata standard spells it."""
+    digest = hashlib.sha256()
+    block = memoryview(bytearray(1 << 22))
+    with path.open("rb", buffering=0) as file:
+        file.seek(8 + int.from_bytes(file.read(8), "little"))
+        while count := file.readinto(block):
+            digest.update(block[:count])
+    return f"0x{digest.hexdigest()}"
+
+
+def seal(path: Path, found: str) -> None:
+    """Put the hash `found` into the metadata of a file that was read back and found good.
+
+    Raises `UserError` when the file carries a hash already and it is another one.
+    """
+    unsealed = f'"{UNSEALED_KEY}":"{NO_HASH}"'.encode("ascii")
+    with path.open("r+b", buffering=0) as file:
+        header = file.read(int.from_bytes(file.read(8), "little"))
+        if unsealed in header:
+            file.seek(8 + header.index(unsealed))
+            file.write(f'"{HASH_KEY}":"{found}"'.encode("ascii"))
+        elif found.encode("ascii") not in header:
+            raise UserError(f"{printable(path)}: the tensors are not those that its hash was made of")
 
 
 def _header(pieces: Sequence[Piece], dtype: torch.dtype, metadata: Mapping[str, str]) -> bytes:
@@ -65,7 +121,7 @@ def _header(pieces: Sequence[Piece], dtype: torch.dtype, metadata: Mapping[str, 
     table: dict[str, object] = {"__metadata__": dict(metadata)}
     start = 0
     for piece in pieces:
-        end = start + dtype.itemsize * _product(piece.shape)
+        end = start + dtype.itemsize * prod(piece.shape)
         table[piece.name] = {"dtype": word, "shape": list(piece.shape), "data_offsets": [start, end]}
         start = end
     text = json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
@@ -73,42 +129,20 @@ def _header(pieces: Sequence[Piece], dtype: torch.dtype, metadata: Mapping[str, 
     return struct.pack("<Q", len(text)) + text
 
 
-def _product(shape: Sequence[int]) -> int:
-    count = 1
-    for side in shape:
-        count *= side
-    return count
+def _bytes_of(chunk: Tensor) -> memoryview:
+    import torch
+
+    array: Any = chunk.view(torch.uint8).numpy()
+    return memoryview(array)
 
 
-def _write_all(file: object, data: memoryview) -> None:
-    while data:
-        data = data[file.write(data) :]  # type: ignore[attr-defined]
+class _Writer:
+    """A thread that writes what it is given; after an error it goes on taking, so that nobody waits for ever."""
 
-
-def _pump(pieces: Sequence[Piece], dtype: torch.dtype, consumers: Sequence[_Consumer]) -> None:
-    """Cast in this thread while others write and hash: each of the three releases the interpreter."""
-    try:
-        for piece in pieces:
-            made = piece.make()
-            assert tuple(made.shape) == piece.shape, piece.name
-            data = tensor_bytes(made.detach().to(dtype).contiguous())
-            for consumer in consumers:
-                consumer.put(data)
-    finally:
-        for consumer in consumers:
-            consumer.close()
-    for consumer in consumers:
-        if consumer.error is not None:
-            raise consumer.error
-
-
-class _Consumer:
-    """A thread that eats bytes in order; after an error it goes on taking them, so that nobody waits for ever."""
-
-    def __init__(self, eat: Callable[[memoryview], object]) -> None:
+    def __init__(self, file: BinaryIO) -> None:
         self.error: BaseException | None = None
-        self._eat = eat
-        self._queue: Queue[memoryview | None] = Queue(maxsize=2)
+        self._file = file
+        self._queue: Queue[memoryview | None] = Queue(_QUEUED)
         self._thread = Thread(target=self._run, name="tensor-writer", daemon=True)
         self._thread.start()
 
@@ -121,8 +155,8 @@ class _Consumer:
 
     def _run(self) -> None:
         while (data := self._queue.get()) is not None:
-            if self.error is None:
-                try:
-                    self._eat(data)
-                except BaseException as error:  # noqa: BLE001 - handed to the caller by _pump
-                    self.error = error
+            try:
+                while data and self.error is None:
+                    data = data[self._file.write(data) :]
+            except BaseException as error:  # noqa: BLE001 - handed to the thread that writes the model
+                self.error = error

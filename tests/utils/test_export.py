@@ -139,16 +139,29 @@ def test_markers_and_yaml_for_web_uis(made: tuple[Path, Models, Weights], tmp_pa
             assert list(theirs[key]) == ours[key] if isinstance(ours[key], list) else theirs[key] == ours[key]
 
 
-def test_the_hash_is_of_the_tensors_and_metadata_is_kept(made: tuple[Path, Models, Weights], tmp_path: Path) -> None:
+def test_the_hash_is_of_the_tensors_and_vouches_for_a_checked_file_only(
+    made: tuple[Path, Models, Weights], tmp_path: Path
+) -> None:
     _, models, weights = made
-    path = write_single_file(tmp_path / "out.safetensors", weights, describe(models), metadata={"title": "Grün \n"})[0]
+    files = describe(models)
+    path = write_single_file(tmp_path / "out.safetensors", weights, files, metadata={"title": "Grün \n"})[0]
+
+    def metadata() -> dict[str, str]:
+        with safe_open(path, framework="pt") as file:
+            return dict(file.metadata())
+
+    assert "modelspec.hash_sha256" not in metadata()
+    check_single_file(path, weights, files)
     raw = path.read_bytes()
     start = 8 + int.from_bytes(raw[:8], "little")
     assert start % 8 == 0
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
-    assert metadata["modelspec.hash_sha256"] == "0x" + hashlib.sha256(raw[start:]).hexdigest()
-    assert metadata["title"] == "Grün \n"
+    digest = hashlib.sha256(raw[start:]).hexdigest()
+    assert metadata() == {"format": "pt", "title": "Grün \n", "modelspec.hash_sha256": f"0x{digest}"}
+    check_single_file(path, weights, files)
+    assert path.read_bytes() == raw
+    path.write_bytes(raw.replace(digest.encode(), digest[::-1].encode()))
+    with pytest.raises(UserError, match="not those that its hash was made of"):
+        check_single_file(path, weights, files)
 
 
 def test_a_single_changed_bit_is_found(made: tuple[Path, Models, Weights], tmp_path: Path) -> None:
