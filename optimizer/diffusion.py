@@ -8,16 +8,6 @@ from torch import Tensor
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
 
-def zero_terminal_snr(alphas_cumprod: Tensor) -> Tensor:
-    """`alphas_cumprod` (T,) shifted and scaled so that the last timestep holds no signal and the first stays.
-
-    Algorithm 1 of arXiv 2305.08891. Scheduler classes without the rescaling (PNDM) are given the result.
-    """
-    signal = alphas_cumprod.double().sqrt()
-    first, last = signal[0].clone(), signal[-1].clone()
-    return ((signal - last) * (first / (first - last))).square().to(alphas_cumprod.dtype)
-
-
 def signal_to_noise(alphas_cumprod: Tensor) -> Tensor:
     """The signal-to-noise ratio of each timestep, (T,): alphas_cumprod / (1 - alphas_cumprod)."""
     return alphas_cumprod / (1 - alphas_cumprod)

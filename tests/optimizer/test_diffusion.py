@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from optimizer.diffusion import noisy_latents, signal_and_sigma, signal_to_noise, target, zero_terminal_snr
+from optimizer.diffusion import noisy_latents, signal_and_sigma, signal_to_noise, target
 from tests.optimizer.parts import alphas_cumprod
 
 SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
@@ -40,15 +40,3 @@ def test_signal_to_noise_is_diffusers_compute_snr() -> None:
 
     theirs = compute_snr(scheduler("DDPMScheduler"), torch.arange(1000))
     assert torch.allclose(signal_to_noise(alphas_cumprod()), theirs, rtol=1e-4)
-
-
-def test_zero_terminal_snr_is_diffusers_rescaling() -> None:
-    from diffusers.schedulers.scheduling_ddpm import rescale_zero_terminal_snr
-
-    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
-    theirs = torch.cumprod(1 - rescale_zero_terminal_snr(betas), 0)
-    ours = zero_terminal_snr(torch.cumprod(1 - betas, 0))
-    assert ours[-1] == 0
-    assert torch.allclose(ours, theirs, atol=1e-5)
-    assert torch.allclose(ours[0], alphas_cumprod()[0])
-    assert torch.allclose(ours, alphas_cumprod(zero_snr=True), atol=1e-5)
