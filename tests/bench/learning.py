@@ -1,0 +1,273 @@
+"""How well the starter learns, as JSON lines: `python -m tests.bench.learning base|teach|speed|options|all`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from starter.exam import Question, answers, examine, new_questions, old_questions, open_pipeline, score
+from starter.make_pictures import TAUGHT
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIG = ROOT / "starter" / "train.json"
+MODEL = ROOT / "starter" / "model"
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """A finished run: its last checkpoint (and the averaged one), its wall time and its scalars."""
+
+    folder: Path
+    checkpoint: Path
+    average: Path | None
+    seconds: float
+    metrics: tuple[Mapping[str, Any], ...]
+
+
+def train(out: Path, changes: Mapping[str, Any], *, optimizer: Mapping[str, Any] | None = None) -> Trained:
+    """Run train.py in a process of its own on starter/train.json with `changes`, logging into `out`.
+
+    `optimizer`: changes to the "base" of starter/optimizer.json. Raises `RuntimeError` with the output if it fails.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    options = json.loads(CONFIG.read_text(encoding="utf-8"))
+    rates = json.loads((ROOT / options["optimizer_config"]).read_text(encoding="utf-8"))
+    rates["base"] |= dict(optimizer or {})
+    (out / "optimizer.json").write_text(json.dumps(rates), encoding="utf-8")
+    (out / "samples.json").write_text(json.dumps({"generate_pretrain_samples": False}), encoding="utf-8")
+    options |= {
+        "logdir": str(out / "logs"),
+        "no_save_ckpt": True,
+        "optimizer_config": str(out / "optimizer.json"),
+        "sample_prompts": str(out / "samples.json"),
+        "sample_steps": 10**6,
+    } | dict(changes)
+    (out / "train.json").write_text(json.dumps(options), encoding="utf-8")
+    started = time.perf_counter()
+    command = [sys.executable, "train.py", "--config", str(out / "train.json")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    seconds = time.perf_counter() - started
+    if done.returncode != 0:
+        raise RuntimeError(done.stdout + done.stderr)
+    (folder,) = (path for path in (out / "logs").iterdir() if path.is_dir())
+    checkpoints = sorted((folder / "ckpts").glob("last-*"))
+    averages = [path for path in checkpoints if path.name.endswith("_ema")]
+    (last,) = (path for path in checkpoints if not path.name.endswith("_ema"))
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return Trained(folder, last, averages[0] if averages else None, seconds, tuple(json.loads(line) for line in lines))
+
+
+def marks(folder: Path, count: int, *, guidance: float = 4.0) -> dict[str, float]:
+    """Shares of right pictures (shape and colour) of the new and of the old concepts, by the model in `folder`."""
+    pipeline = open_pipeline(folder)
+    return {
+        "new": examine(pipeline, new_questions(count, seen=TAUGHT), guidance=guidance).right,
+        "old": examine(pipeline, old_questions(count), guidance=guidance).right,
+    }
+
+
+def base(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Figure 1: the model as it comes, on what it was taught and on the word it has never met."""
+    pipeline = open_pipeline(MODEL)
+    for guidance in (1.0, 4.0, 7.0):
+        yield {"guidance": guidance, "old": asdict(examine(pipeline, old_questions(options.count), guidance=guidance))}
+    new = new_questions(options.count, seen=TAUGHT)
+    yield {"guidance": 4.0, "new": asdict(examine(pipeline, new))}
+
+
+def teach(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Figure 2: before and after `make train`, for every seed, and the mean and spread over them."""
+    before = marks(MODEL, options.count)
+    yield {"before": before}
+    after = []
+    for seed in options.seeds:
+        run = train(options.out / f"teach-{seed}", {"seed": seed})
+        after.append(marks(run.checkpoint, options.count))
+        yield {"seed": seed, "seconds": round(run.seconds, 1)} | after[-1]
+    yield {"after": summary(after), "old_lost": before["old"] - statistics.mean(row["old"] for row in after)}
+
+
+def speed(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Figure 5: updates and seconds of training until 90 % of the new concept's pictures are right."""
+    for seed in options.seeds:
+        run = train(options.out / f"speed-{seed}", {"seed": seed, "save_every_n_epochs": 5})
+        questions = new_questions(options.count, seen=TAUGHT)
+        curve = []
+        for checkpoint in sorted((run.folder / "ckpts").glob("*-gs*"), key=update_of):
+            right = examine(open_pipeline(checkpoint), questions).right
+            curve.append({"update": update_of(checkpoint), "new": right})
+        reached = [point["update"] for point in curve if point["new"] >= 0.9]
+        share = reached[0] / curve[-1]["update"] if reached else None
+        yield {
+            "seed": seed,
+            "updates_to_90": reached[0] if reached else None,
+            "seconds_to_90": None if share is None else round(share * run.seconds, 1),
+            "curve": curve,
+        }
+
+
+def update_of(checkpoint: Path) -> int:
+    """The update that a checkpoint's name tells."""
+    return int(checkpoint.name.split("-gs")[1].split("_")[0])
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """An option's two settings on this world, and how a checkpoint of either is judged."""
+
+    settings: Mapping[str, Mapping[str, Any]]
+    judge: Callable[[Trained, int], dict[str, Any]]
+    optimizer: Mapping[str, Any] | None = None
+
+
+def judge_concepts(run: Trained, count: int) -> dict[str, Any]:
+    """New and old concepts."""
+    return dict(marks(run.average or run.checkpoint, count))
+
+
+def judge_guidance(run: Trained, count: int) -> dict[str, Any]:
+    """New and old concepts with strong guidance and without: guidance leans on the empty caption."""
+    return {f"guidance {scale:g}": marks(run.checkpoint, count, guidance=scale) for scale in (1.0, 4.0, 9.0)}
+
+
+def judge_extremes(run: Trained, count: int) -> dict[str, Any]:
+    """Dark and bright scenes: shares of right backgrounds, and how far the darkest and brightest means lie apart."""
+    pipeline = open_pipeline(run.checkpoint)
+    questions = [
+        Question(question.shape, question.colour, ("black", "white")[i % 2], question.size)
+        for i, question in enumerate(old_questions(count))
+    ]
+    pictures = answers(pipeline, questions)
+    levels = [sum(picture.convert("L").resize((1, 1)).getpixel((0, 0)) for picture in pictures[i::2]) for i in (0, 1)]
+    found = score(questions, pictures)
+    return {"background": found.background, "right": found.right, "mean_levels": [2 * x / count for x in levels]}
+
+
+def judge_loss(run: Trained, _: int) -> dict[str, Any]:
+    """The validation loss over the updates."""
+    rows = [row for row in run.metrics if "loss/val" in row or row.get("tag") == "loss/val"]
+    return {"validation": [[row.get("update", row.get("step")), row.get("loss/val", row.get("value"))] for row in rows]}
+
+
+def comparisons(out: Path) -> dict[str, Comparison]:
+    """Figure 3: the options, each with its settings."""
+    out.mkdir(parents=True, exist_ok=True)
+    extremes = draw_extremes(out / "extremes")
+    held_out = out / "validation.json"
+    held_out.write_text(json.dumps({"every_n_epochs": 5, "auto_split_proportion": 0.25}), encoding="utf-8")
+    return {
+        "cond_dropout": Comparison({"0": {"cond_dropout": 0.0}, "0.1": {"cond_dropout": 0.1}}, judge_guidance),
+        "ema": Comparison(
+            {"none": {}, "0.98 every update": {"ema_decay_rate": 0.98, "ema_update_interval": 1}},
+            judge_concepts,
+            {"lr": 2e-3, "lr_scheduler": "constant"},
+        ),
+        "zero_frequency_noise_ratio": Comparison(
+            {
+                str(ratio): {"zero_frequency_noise_ratio": ratio, "data_root": str(extremes)}
+                for ratio in (0.0, 0.05, 0.1)
+            },
+            judge_extremes,
+        ),
+        "min_snr_gamma": Comparison(
+            {
+                "none": {"min_snr_gamma": None, "validation_config": str(held_out)},
+                "5": {"min_snr_gamma": 5.0, "validation_config": str(held_out)},
+            },
+            lambda run, count: judge_loss(run, count) | judge_concepts(run, count),
+        ),
+        "preservation": Comparison(
+            {"without": {"data_root": "starter/pictures/zorps"}, "with": {}},
+            judge_concepts,
+        ),
+        "text_encoder": Comparison({"trained": {}, "frozen": {"disable_textenc_training": True}}, judge_concepts),
+        "zero_terminal_snr": Comparison(
+            {
+                "epsilon": {"data_root": str(extremes)},
+                "v-prediction, zero terminal SNR": {
+                    "data_root": str(extremes),
+                    "prediction_type": "v_prediction",
+                    "enable_zero_terminal_snr": True,
+                },
+            },
+            judge_extremes,
+        ),
+    }
+
+
+def draw_extremes(folder: Path) -> Path:
+    """48 captioned pictures of old shapes on black and on white."""
+    from starter.world import EXTREMES, draw, plain_caption, random_scene
+    from utils.seeding import stream
+
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = stream(0, "extremes")
+    for i in range(48):
+        scene = random_scene(rng, backgrounds=(list(EXTREMES)[i % 2],))
+        draw(scene, rng).save(folder / f"{plain_caption(scene.colour, scene.shape, scene.background)}_{i:02}.png")
+    return folder
+
+
+def options_table(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Figure 3: every comparison (or `--only`), every setting, every seed, everything else equal."""
+    for name, comparison in comparisons(options.out).items():
+        if options.only and name not in options.only:
+            continue
+        for label, changes in comparison.settings.items():
+            for seed in options.seeds:
+                folder = options.out / f"{name}-{label}-{seed}".replace(" ", "_").replace(",", "")
+                run = train(folder, {**changes, "seed": seed}, optimizer=comparison.optimizer)
+                yield {"option": name, "setting": label, "seed": seed} | comparison.judge(run, options.count)
+
+
+def summary(rows: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    """Mean, least and most of every column."""
+    return {
+        name: {
+            "mean": round(statistics.mean(row[name] for row in rows), 4),
+            "least": min(row[name] for row in rows),
+            "most": max(row[name] for row in rows),
+        }
+        for name in rows[0]
+    }
+
+
+PARTS: dict[str, Callable[[argparse.Namespace], Iterator[dict[str, Any]]]] = {
+    "base": base,
+    "teach": teach,
+    "speed": speed,
+    "options": options_table,
+}
+
+
+def main() -> None:
+    """Read the command line, run the parts and print what they find as they find it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("part", choices=(*PARTS, "all"))
+    parser.add_argument("--count", type=int, default=200, help="pictures a score")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--only", nargs="*", help="options of the table")
+    parser.add_argument("--out", type=Path, help="folder of the runs; not given: a temporary one")
+    parser.add_argument("--threads", type=int, default=2, help="of the sampling")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        options.out = Path(folder) if options.out is None else options.out.resolve()
+        for name in PARTS if options.part == "all" else (options.part,):
+            for row in PARTS[name](options):
+                print(json.dumps({"part": name} | row), flush=True)
+
+
+if __name__ == "__main__":
+    main()
