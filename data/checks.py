@@ -45,21 +45,24 @@ def find_duplicates(items: Sequence[Item]) -> tuple[tuple[Item, ...], ...]:
 
     Only files of equal size are read, and whole only when they begin alike.
     """
-    groups: list[list[Item]] = [list(items)]
+    # A file that is listed twice is one file; groups stay in the order in which their first item was seen.
+    once = {item.path: item for item in reversed(items)}
+    groups = [list(reversed(once.values()))]
     for key in (_size, _start, _content):
         groups = [group for whole in groups for group in _split(whole, key) if len(group) > 1]
-    return tuple(map(tuple, groups))
+    place = {path: number for number, path in enumerate(reversed(once))}
+    return tuple(tuple(group) for group in sorted(groups, key=lambda group: place[group[0].path]))
 
 
 def _split(items: list[Item], key: Callable[[str], object]) -> list[list[Item]]:
-    """The items by the key of their file, each file once however often it is listed."""
+    """The items by the key of their file; those whose file has gone are left out."""
     groups: dict[object, list[Item]] = defaultdict(list)
-    for item in {item.path: item for item in reversed(items)}.values():
+    for item in items:
         try:
             groups[key(item.path)].append(item)
         except OSError:
             continue
-    return [group[::-1] for group in groups.values()][::-1]
+    return list(groups.values())
 
 
 def _size(path: str) -> int:

@@ -20,6 +20,13 @@ _SLOW_SECONDS = 100e-6
 
 # A header as three numbers, a text with its warning, or the reason why there is neither.
 Fact = list[Any]
+# Which of them belong to pictures; a reason belongs to either.
+_KINDS: dict[tuple[type, ...], bool | None] = {
+    (str,): None,
+    (int, int, int): True,
+    (str, str): False,
+    (str, type(None)): False,
+}
 Job = tuple[Folder, str, bool]
 
 
@@ -81,7 +88,7 @@ class Facts:
                 stamp = folder.stamps.get(name)
                 if self._index is not None and stamp is not None:
                     known = self._index.known(folder.id, name, stamp)
-                    if known is not None:
+                    if known is not None and _fits(known, suffix in pictures):
                         self._facts[folder.at(name)] = known
                         continue
                 yield folder, name, suffix in pictures
@@ -105,3 +112,9 @@ def _read(job: Job) -> Fact:
         return [str(error)]
     except BrokenFileError as error:
         return [error.reason]
+
+
+def _fits(fact: Fact, is_picture: bool) -> bool:
+    """Whether a stored fact is one: the index is a file, and files of strangers hold anything."""
+    kinds = tuple(map(type, fact))
+    return kinds in _KINDS and _KINDS[kinds] in (None, is_picture)
