@@ -27,7 +27,7 @@ class Bar:
         self.total, self.start = total, start
         self._done = start
         self._clock = clock
-        self._since = clock()
+        self._first: tuple[int, float] | None = None
         self._stream = sys.stdout if stream is None else stream
         self._bar: Any = None
         if is_terminal(self._stream):
@@ -48,6 +48,8 @@ class Bar:
     def advance(self, updates: int = 1) -> None:
         """Count updates; cheap enough for every one."""
         self._done += updates
+        if self._first is None:
+            self._first = (self._done, self._clock())
         if self._bar is not None:
             self._guard(lambda: self._bar.update(updates))
 
@@ -80,11 +82,14 @@ class Bar:
             self._guard(lambda: self._bar.set_postfix_str(shown, refresh=True))
 
     def seconds_left(self) -> float | None:
-        """Seconds to the end at the pace so far, samples and saves included; `None` before the first update."""
-        done = self._done - self.start
-        if done <= 0:
+        """Seconds to the end at the pace so far, samples and saves included; `None` before the second update.
+
+        The first update does not count: it bears what is built once.
+        """
+        if self._first is None or self._done == self._first[0]:
             return None
-        return (self._clock() - self._since) / done * max(0, self.total - self._done)
+        done, since = self._first
+        return (self._clock() - since) / (self._done - done) * max(0, self.total - self._done)
 
     def close(self) -> None:
         """Leave the bar as it stands and go to the next line."""

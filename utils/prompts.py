@@ -109,10 +109,12 @@ class SamplePlan:
         if self._path is not None and not self._path.exists():
             LOGGER.info("there is no %s, so samples are drawn of captions of the data", self._path)
 
-    def due(self, update: int) -> bool:
-        """Whether samples are due after `update`; 0 is before the first."""
+    def due(self, update: int, *, finished: bool = False) -> bool:
+        """Whether samples are due after `update`; 0 is before the first, and those of the `finished` run always are."""
         if self._path is None:
             return False
+        if finished:
+            return True
         if update == 0:
             return bool(self._values.generate_pretrain_samples)
         every = self._values.generate_samples_every_n_steps

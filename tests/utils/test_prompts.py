@@ -60,6 +60,8 @@ def test_no_file_no_samples() -> None:
 def test_when_samples_are_due(tmp_path: Path) -> None:
     text = plan(tmp_path / "missing.txt")
     assert [update for update in range(31) if text.due(update)] == [0, 10, 20, 30]
+    assert text.due(31, finished=True)
+    assert not plan(None).due(31, finished=True)
     path = write(tmp_path / "s.json", {"generate_samples_every_n_steps": 7, "generate_pretrain_samples": False})
     assert [update for update in range(31) if plan(path).due(update)] == [7, 14, 21, 28]
 
