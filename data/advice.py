@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Protocol
 
-from data.buckets import MAX_RATIO
+from data.buckets import MAX_RATIO, crop_loss
 from data.item import Bucket
 from data.plan import Placed
 
@@ -18,14 +19,12 @@ class Use(Protocol):
     """What advice needs to know of a bucket."""
 
     bucket: Bucket
-    images: int
-    lost: float
     enlarged: int
 
 
 def advice(placed: Sequence[Placed], uses: Sequence[Use], updates: Sequence[int]) -> list[str]:
     """Sentences on what would make more of this data; none when nothing stands out."""
-    return [*_extreme(placed), *_cropped(uses), *_enlarged(placed, uses), *_few(placed, updates)]
+    return [*_extreme(placed), *_cropped(placed), *_enlarged(placed, uses), *_few(placed, updates)]
 
 
 def shape_name(width: float, height: float) -> str:
@@ -35,7 +34,7 @@ def shape_name(width: float, height: float) -> str:
 
 
 def _extreme(placed: Sequence[Placed]) -> list[str]:
-    beyond = [item for item, _ in placed if not 1 / (MAX_RATIO * 1.1) <= item.width / item.height <= MAX_RATIO * 1.1]
+    beyond = [item for item, _ in placed if not _within(item.width / item.height)]
     if not beyond:
         return []
     verb = "picture is" if len(beyond) == 1 else "pictures are"
@@ -44,17 +43,23 @@ def _extreme(placed: Sequence[Placed]) -> list[str]:
     ]
 
 
-def _cropped(uses: Sequence[Use]) -> list[str]:
-    sentences = []
-    for use in uses:
-        loss = use.lost / use.images
-        if loss > _MUCH:
-            shape = shape_name(*use.bucket)
-            sentences.append(
-                f"{use.images:,} pictures near {shape} lose {100 * loss:.0f} % in {use.bucket.width} x "
-                f"{use.bucket.height}; `buckets` = fitted or a smaller bucket_step keeps more of them"
-            )
-    return sentences
+def _within(ratio: float) -> bool:
+    return 1 / (MAX_RATIO * 1.1) <= ratio <= MAX_RATIO * 1.1
+
+
+def _cropped(placed: Sequence[Placed]) -> list[str]:
+    """Shapes that lose much in their bucket; longer ones than any bucket are another matter."""
+    losses: dict[tuple[str, Bucket], list[float]] = defaultdict(list)
+    for item, bucket in placed:
+        if _within(item.width / item.height):
+            losses[shape_name(item.width, item.height), bucket].append(crop_loss(item.width, item.height, bucket))
+    return [
+        f"{len(lost):,} {'picture' if len(lost) == 1 else 'pictures'} of about {shape} lose "
+        f"{100 * sum(lost) / len(lost):.0f} % in {bucket.width} x {bucket.height}; "
+        "a smaller bucket_step or fitted buckets keep more of them"
+        for (shape, bucket), lost in sorted(losses.items())
+        if sum(lost) > _MUCH * len(lost)
+    ]
 
 
 def _enlarged(placed: Sequence[Placed], uses: Sequence[Use]) -> list[str]:

@@ -130,7 +130,8 @@ def bench_decode(name: str, form: str, size: tuple[int, int], target: float) -> 
         ours = seconds(lambda: load_pixels(item, bucket, rng=chance, flip_p=0.5, crop_jitter=0.02), 9)
         theirs = seconds(lambda: plain(str(path), bucket), 5)
         got = load_pixels(item, bucket, rng=None, flip_p=0, crop_jitter=0).permute(1, 2, 0).float()
-        full = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        with Image.open(path) as whole:
+            full = torch.from_numpy(np.array(whole.convert("RGB"))).permute(2, 0, 1)
         box = cut_box(size, bucket)
         full = full[:, box[1] : box[3], box[0] : box[2]]
         resized = torch.nn.functional.interpolate(full[None], bucket[::-1], mode="bicubic", antialias=True)[0]
