@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from training.inputs import Inputs, read_inputs
 from utils.console import end_summary
-from utils.errors import EXIT_DONE, EXIT_TRY_LATER, UserError
-from utils.inputs import Inputs, read_inputs
+from utils.errors import EXIT_DONE, EXIT_TRY_LATER, OutOfMemoryError, UserError
 from utils.logs import FILE_ONLY, LOGGER, close_logs, escape_lines, open_console
 from utils.options import flat
 from utils.seeding import random_seed
@@ -39,12 +40,12 @@ def run(inputs: Inputs) -> int:
     """The story of a run: what to start from, the data, the parts, the loop, the end."""
     from utils.start import find_start
 
-    options = inputs.loaded.options
-    for warning in inputs.loaded.warnings:
+    options = inputs.options
+    for warning in inputs.warnings:
         LOGGER.warning("%s", warning)
     start = find_start(options)
     data = read_data(inputs, start)
-    for line in data.report().lines:
+    for line in (*data.notes, *data.report().lines):
         LOGGER.info("%s", line)
     if options.run.dry_run:
         return show_plan(inputs, data)
@@ -55,17 +56,34 @@ def read_data(inputs: Inputs, start: Start) -> TrainingSet:
     """The training set, with the seed that the run has, picks, or goes on with."""
     from data.dataset import read_training_set
 
-    options = inputs.loaded.options
+    options = inputs.options
     seed = options.run.seed
     if seed == -1:
         seed = random_seed() if start.resumed is None else start.resumed.record.seed
         LOGGER.info("seed %d", seed)
-    return read_training_set(options.data, seed=seed, epochs=options.run.max_epochs, max_steps=options.run.max_steps)
+    return read_training_set(
+        options.data,
+        seed=seed,
+        epochs=options.run.max_epochs,
+        max_steps=options.run.max_steps,
+        validation=inputs.validation,
+    )
 
 
 def show_plan(inputs: Inputs, data: TrainingSet) -> int:
-    """What a dry run says beyond the data: the resolved options and the number of updates."""
-    LOGGER.info(json.dumps({**flat(inputs.loaded.options), "seed": data.seed}, indent=2, ensure_ascii=False))
+    """What a dry run says beyond the data: the resolved options, the rates and the number of updates."""
+    from data.schedule import write_schedule
+    from optimizer.plot import rate_lines
+    from optimizer.settings import part_settings
+
+    options = inputs.options
+    LOGGER.info(json.dumps({**flat(options), "seed": data.seed}, indent=2, ensure_ascii=False))
+    settings = part_settings(inputs.optimizer, options.optimizer, options.data.batch_size * options.data.grad_accum)
+    for name, part in (("unet", settings.unet), ("text encoder", settings.text_encoder)):
+        for line in rate_lines(name, part, data.total_updates):
+            LOGGER.info("%s", line)
+    if options.data.write_schedule:
+        LOGGER.info("wrote %s", write_schedule(Path(), 0, data.plan(0), data.caption))
     LOGGER.info("dry run: %d updates would be trained", data.total_updates)
     return EXIT_DONE
 
@@ -79,6 +97,12 @@ def train_and_save(inputs: Inputs, data: TrainingSet, start: Start) -> int:
     with StopSignal() as stop, open_session(inputs, data, start, stop) as session:
         try:
             train(session)
+        except OutOfMemoryError:
+            # No update is half done: this goes on exactly, once there is room.
+            session.save("interrupted", wait=True)
+            raise
+        except UserError:
+            raise
         except Exception:
             # What was learned up to here is worth a look; findlast never takes it, an older checkpoint is exact.
             session.save("errored", wait=True)

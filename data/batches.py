@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import multiprocessing
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any, Protocol
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from data.captions import render
-from data.item import MicroBatch, Update, Visit
+from data.headers import PictureError
+from data.item import Bucket, Item, MicroBatch, Update, Visit
 from data.pixels import load_pixels
+from data.substitutes import substitutes
 from utils.config import DataOptions
+from utils.errors import UserError, printable
+from utils.logs import LOGGER
 from utils.seeding import stream, tensor_stream
 from utils.stopping import ignore_in_worker, workers_start
+
+# A batch that takes longer is not coming: a disk that is gone, a decoder in a loop.
+PATIENCE_SECONDS = 600.0
+MOST_FAILURES = 3
+BACKGROUNDS = {"white": (255, 255, 255), "black": (0, 0, 0), "grey": (128, 128, 128)}
 
 
 class Movable(Protocol):
@@ -62,6 +75,7 @@ class Batch:
         captions: as trained; "" where the caption was dropped.
         draws: everything random of the step.
         loss_scale: float32 (B,).
+        failures: visits whose picture could not be decoded, with the reason; `visits` holds their substitutes.
     """
 
     visits: tuple[Visit, ...]
@@ -69,44 +83,110 @@ class Batch:
     captions: tuple[str, ...]
     draws: Any
     loss_scale: torch.Tensor
+    failures: tuple[tuple[Visit, str], ...] = ()
 
     def to(self, device: torch.device, *, non_blocking: bool = False) -> Batch:
         """The same batch on `device`."""
-        return Batch(
-            self.visits,
-            self.pixels.to(device, non_blocking=non_blocking),
-            self.captions,
-            self.draws.to(device, non_blocking=non_blocking),
-            self.loss_scale.to(device, non_blocking=non_blocking),
+        return replace(
+            self,
+            pixels=self.pixels.to(device, non_blocking=non_blocking),
+            draws=self.draws.to(device, non_blocking=non_blocking),
+            loss_scale=self.loss_scale.to(device, non_blocking=non_blocking),
         )
 
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory, from where it reaches a GPU without waiting."""
-        pixels, scale = self.pixels.pin_memory(), self.loss_scale.pin_memory()
-        return Batch(self.visits, pixels, self.captions, self.draws.pin_memory(), scale)
+        return replace(
+            self,
+            pixels=self.pixels.pin_memory(),
+            draws=self.draws.pin_memory(),
+            loss_scale=self.loss_scale.pin_memory(),
+        )
+
+    def rows(self, start: int, stop: int) -> Batch:
+        """The visits from `start` to before `stop`: a batch that does not fit into memory is cut, its draws stay."""
+        return replace(
+            self,
+            visits=self.visits[start:stop],
+            pixels=self.pixels[start:stop],
+            captions=self.captions[start:stop],
+            draws=self.draws.rows(start, stop),
+            loss_scale=self.loss_scale[start:stop],
+            failures=(),
+        )
+
+
+class _LostError(Exception):
+    """Neither the picture of a visit nor a substitute can be decoded."""
 
 
 class BatchSource(Dataset[Batch]):
-    """Makes the batch for a request; workers hold nothing else than these options and the drawer."""
+    """Makes the batch for a request; workers hold these options, the drawer and the substitutes, no networks.
 
-    def __init__(self, options: DataOptions, seed: int, draw: Callable[[Request], Movable]) -> None:
+    Args:
+        pools: for each bucket the items that may stand in for a picture that cannot be decoded.
+    """
+
+    def __init__(
+        self,
+        options: DataOptions,
+        seed: int,
+        draw: Callable[[Request], Movable],
+        pools: Mapping[Bucket, Sequence[Item]] | None = None,
+    ) -> None:
         self.options, self.seed, self.draw = options, seed, draw
+        self.pools = {} if pools is None else pools
 
-    def __getitem__(self, request: Request) -> Batch:
-        visits = request.visits
+    def __getitem__(self, request: Request) -> Batch | Lost:  # type: ignore[override]
+        try:
+            return self._batch(request)
+        except _LostError as error:
+            return Lost(str(error))
+
+    def _batch(self, request: Request) -> Batch:
+        visits, pixels, failures = [], [], []
+        for wanted in request.visits:
+            visit, picture, reason = self._picture(wanted)
+            visits.append(visit)
+            pixels.append(picture)
+            if reason is not None:
+                failures.append((wanted, reason))
+        micro_batch = MicroBatch(request.micro_batch.bucket, tuple(visits))
         return Batch(
-            visits=visits,
-            pixels=torch.stack([self._pixels(visit) for visit in visits]),
+            visits=micro_batch.visits,
+            pixels=torch.stack(pixels),
             captions=tuple(caption_of(visit, self.options, self.seed) for visit in visits),
-            draws=self.draw(request),
+            draws=self.draw(replace(request, micro_batch=micro_batch)),
             loss_scale=torch.tensor([visit.item.loss_scale for visit in visits]),
+            failures=tuple(failures),
+        )
+
+    def _picture(self, wanted: Visit) -> tuple[Visit, torch.Tensor, str | None]:
+        """The pixels of `wanted`, or of its substitute with the reason why there is one."""
+        reason: str | None = None
+        pool = self.pools.get(wanted.bucket, ())
+        for visit in chain([wanted], substitutes(wanted, pool, seed=self.seed)):
+            try:
+                return visit, self._pixels(visit), reason
+            except PictureError as error:
+                reason = str(error) if reason is None else reason
+        raise _LostError(
+            f"{printable(wanted.item.path)}: {reason}; and no other picture of its size can be trained in its place. "
+            "Mend or remove it (--check_data finds all of them at once)"
         )
 
     def _pixels(self, visit: Visit) -> torch.Tensor:
         item = visit.item
         flip_p = self.options.flip_p if item.flip_p is None else item.flip_p
         rng = stream(self.seed, "visit", visit.epoch, item.id, visit.repeat, "pixels")
-        return load_pixels(item, visit.bucket, rng=rng, flip_p=flip_p, crop_jitter=self.options.crop_jitter)
+        return load_pixels(
+            item,
+            visit.bucket,
+            rng=rng,
+            flip_p=flip_p,
+            crop_jitter=self.options.crop_jitter,
+            background=BACKGROUNDS[self.options.background],
+        )
 
 
 def caption_of(visit: Visit, options: DataOptions, seed: int) -> str:
@@ -136,33 +216,99 @@ class _Queue(Sampler[Request]):
         return len(self.requests)
 
 
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """What a worker answers when a visit has neither a picture nor a substitute: an exception would bury the reason."""
+
+    message: str
+
+    def pin_memory(self) -> Lost:
+        """Itself: there is nothing to pin."""
+        return self
+
+
 class Batches:
-    """The batches of one epoch after another, from workers that live as long as the run."""
+    """The batches of one epoch after another, from workers that live as long as the run.
+
+    A worker that dies or hangs costs time and changes nothing: new ones start at the first batch that is missing.
+    """
 
     def __init__(
-        self, options: DataOptions, seed: int, draw: Callable[[Request], Movable], *, pin_memory: bool = False
+        self,
+        options: DataOptions,
+        seed: int,
+        draw: Callable[[Request], Movable],
+        pools: Mapping[Bucket, Sequence[Item]] | None = None,
+        *,
+        pin_memory: bool = False,
+        patience_seconds: float = PATIENCE_SECONDS,
     ) -> None:
+        self._options, self._seed, self._pin_memory, self._patience = options, seed, pin_memory, patience_seconds
+        self._source = BatchSource(options, seed, draw, pools)
         self._queue = _Queue()
-        workers = options.num_workers
-        start = None if workers == 0 or options.worker_start == "auto" else options.worker_start
-        self._loader: DataLoader[Batch] = DataLoader(
-            BatchSource(options, seed, draw),
+        self._loader = self._new_loader()
+
+    def _new_loader(self) -> DataLoader[Batch]:
+        workers, start = self._options.num_workers, self._options.worker_start
+        return DataLoader(
+            self._source,
             batch_size=None,
             sampler=self._queue,
             num_workers=workers,
             persistent_workers=workers > 0,
             worker_init_fn=ignore_in_worker if workers else None,
-            multiprocessing_context=start,
-            pin_memory=pin_memory,
+            multiprocessing_context=None if workers == 0 or start == "auto" else start,
+            pin_memory=self._pin_memory,
+            timeout=self._patience if workers else 0,
             # Without its own generator, iter(DataLoader) would draw from torch's global one.
-            generator=tensor_stream(seed, "workers"),
+            generator=tensor_stream(self._seed, "workers"),
         )
 
     def epoch(self, updates: Sequence[Update], done: int = 0) -> Iterator[Batch]:
-        """A batch for each micro-batch of an epoch's `updates`, in order, without the first `done` updates."""
-        self._queue.requests = requests(updates, done)
+        """A batch for each micro-batch of an epoch's `updates`, in order, without the first `done` updates.
+
+        Raises:
+            UserError: a picture cannot be decoded and nothing can stand in for it.
+            RuntimeError: workers die again and again on the same batch.
+        """
+        waiting = requests(updates, done)
+        failures = 0
+        while waiting:
+            try:
+                for answer in self._start(waiting):
+                    if isinstance(answer, Lost):
+                        raise UserError(answer.message)
+                    waiting = waiting[1:]
+                    failures = 0
+                    yield answer
+            except RuntimeError as error:
+                if self._options.num_workers == 0 or failures == MOST_FAILURES:
+                    raise
+                failures += 1
+                paths = ", ".join(printable(visit.item.path) for visit in waiting[0].visits)
+                LOGGER.warning("workers are started anew (%s); they were due to bring %s", _first_line(error), paths)
+                self.close()
+                self._loader = self._new_loader()
+
+    def _start(self, waiting: list[Request]) -> Iterator[Batch | Lost]:
+        self._queue.requests = waiting
+        handler = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
         with workers_start():
-            return iter(self._loader)
+            iterator = iter(self._loader)
+        if handler is not None and threading.current_thread() is threading.main_thread():
+            # torch's handler raises in the middle of whatever runs when a worker dies, an optimizer's step perhaps.
+            # Without it the loss is noticed where the batch is waited for.
+            signal.signal(signal.SIGCHLD, handler)
+        return iterator
+
+    def close(self) -> None:
+        """End the workers without waiting for what they are doing."""
+        for child in multiprocessing.active_children():
+            child.kill()
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0]
 
 
 def requests(updates: Sequence[Update], done: int = 0) -> list[Request]:

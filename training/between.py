@@ -1,13 +1,22 @@
-"""What happens between updates: scalars, samples, checkpoints."""
+"""What happens between updates: scalars, samples, validation, checkpoints, wishes of the user."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
+from data.item import Update
+from data.lengths import full_text
+from data.schedule import write_schedule
+from training.memory import rehearse
+from training.parts import losses_of_probe
 from training.session import Session
+from training.settings import reload_settings
+from utils.borrow import undisturbed, weights_swapped
+from utils.errors import UserError
 from utils.logs import LOGGER
 from utils.writer import SaveResult
 
@@ -16,10 +25,24 @@ if TYPE_CHECKING:
 
 
 def before_first_update(session: Session) -> None:
-    """Samples of the model as it came; where the file has no prompts, of what is trained first."""
+    """What is tried and shown before anything is trained: memory, samples and losses of the model as it came."""
+    if session.device.is_cuda:
+        rehearse(session)
     if session.progress.update == 0:
         session.captions = session.data.captions(session.data.plan(0)[0])
         draw_samples(session)
+        validate(session)
+
+
+def before_epoch(session: Session, updates: Sequence[Update]) -> None:
+    """What is due before an epoch of `updates`, or before what is left of it."""
+    progress = session.progress
+    if progress.update_in_epoch == 0 and progress.epoch > 0 and session.options.run.load_settings_every_epoch:
+        reload_settings(session)
+    if session.options.data.write_schedule:
+        first = progress.update - progress.update_in_epoch
+        with surviving("the batch schedule"):
+            write_schedule(session.run.folder, progress.epoch, updates, session.data.caption, first_update=first)
 
 
 def after_update(session: Session) -> None:
@@ -28,10 +51,12 @@ def after_update(session: Session) -> None:
     if update % session.options.log.log_step == 0 or session.finished:
         log_scalars(session)
     draw_samples(session)
+    if update in session.data.validation:
+        validate(session)
     report_saves(session, session.writer.poll())
     if not session.finished and session.timetable.due_after_update(session.progress.epoch):
-        with left_out(session):
-            session.save()
+        save(session)
+    obey(session)
 
 
 def after_epoch(session: Session, *, seconds: float, images: int) -> None:
@@ -40,9 +65,38 @@ def after_epoch(session: Session, *, seconds: float, images: int) -> None:
     values = {"loss/epoch": reading.loss, "performance/minutes per epoch": seconds / 60}
     session.tracker.scalars(session.progress.update, values)
     LOGGER.info("epoch %d: loss %.4f, %d images", session.progress.epoch, reading.loss, images)
+    captions = {item.id: full_text(item) for item, _ in session.data.placed}
+    with surviving("the loss ledger"):
+        session.ledger.write(session.run.folder, captions)
+    session.tracker.histogram("timesteps", *session.ledger.histogram(), session.progress.update)
     if not session.finished and session.timetable.due_after_epoch(session.progress.epoch):
-        with left_out(session):
-            session.save()
+        save(session)
+
+
+def save(session: Session) -> None:
+    """A checkpoint, written while the training goes on."""
+    with left_out(session):
+        session.save()
+
+
+def obey(session: Session) -> None:
+    """Do what the control file asks for; "pause" waits here for the next word."""
+    commands = session.control.poll()
+    while commands:
+        command = commands.pop(0)
+        if command == "save":
+            save(session)
+        elif command == "sample":
+            draw_samples(session, asked=True)
+        elif command == "validate":
+            validate(session)
+        elif command == "stop":
+            session.stop.request()
+        elif command == "pause":
+            LOGGER.info("paused; write resume into %s to go on", session.run.control)
+            with left_out(session):
+                while not commands and not session.stop:
+                    commands = session.control.wait()
 
 
 def log_scalars(session: Session) -> None:
@@ -55,7 +109,7 @@ def log_scalars(session: Session) -> None:
     for name, label, short in (("unet", "unet", "unet"), ("text_encoder", "text encoder", "te")):
         if name in last.rates:
             values[f"hyperparameter/lr {label}"] = last.rates[name]
-            if session.log_grad_norm:
+            if session.inputs.optimizer.values.log_grad_norm:
                 values[f"optimizer/{short}_grad_norm"] = last.clipped_norms[name].item()
                 values[f"optimizer/{short}_pre_clip_norm"] = last.grad_norms[name].item()
     if session.updater.loss_scale is not None:
@@ -75,20 +129,35 @@ def log_scalars(session: Session) -> None:
 
 
 def report_skipped(session: Session) -> None:
-    """Say when updates were skipped because loss or gradients were not finite."""
+    """Name the images of updates that were skipped because loss or gradients were not finite.
+
+    Raises:
+        UserError: `max_bad_updates` of them in a row; the weights are still those of the last good update.
+    """
     total, in_row = session.updater.skipped()
-    if total > session.skipped_told:
-        LOGGER.warning(
-            "%d updates skipped so far, %d in a row: loss or gradients were not finite; no weight was changed",
-            total,
-            in_row,
+    unread, session.unread = session.unread, []
+    # fp16 finds its loss scale by skipping a few; that is no news.
+    quiet = session.updater.loss_scale is not None and in_row < session.options.optimizer.max_bad_updates
+    if total > session.skipped_told and not quiet:
+        for number, ids, applied in unread:
+            if not applied:
+                LOGGER.warning(
+                    "update %d was skipped, no weight was changed: loss or gradients not finite; images: %s",
+                    number,
+                    ", ".join(ids),
+                )
+    session.skipped_told = total
+    if in_row >= session.options.optimizer.max_bad_updates:
+        raise UserError(
+            f"{in_row} updates in a row had a loss or gradients that are not finite (max_bad_updates = "
+            f"{session.options.optimizer.max_bad_updates}); lower lr, set clip_grad_norm, or look at the images that "
+            "the log names. The last checkpoint is good: --resume_ckpt findlast goes on from it"
         )
-        session.skipped_told = total
 
 
-def draw_samples(session: Session) -> None:
-    """Samples, if they are due: from the average by default when there is one."""
-    if not session.gallery.plan.due(session.progress.update):
+def draw_samples(session: Session, *, asked: bool = False) -> None:
+    """Samples, if they are due or asked for: from the average by default when there is one."""
+    if not asked and not session.gallery.plan.due(session.progress.update):
         return
     versions: dict[str, Mapping[str, Mapping[str, Tensor]]] = {}
     averages, ema = session.averages(), session.options.ema
@@ -101,6 +170,26 @@ def draw_samples(session: Session) -> None:
         pictures = session.gallery.draw(session.progress.update, session.captions, versions)
     if pictures:
         LOGGER.info("%d samples after update %d in %s", len(pictures), session.progress.update, session.run.samples)
+
+
+def validate(session: Session) -> None:
+    """A validation pass with the plain weights, and one with the average."""
+    if session.validation is None:
+        return
+    models, device = session.models, session.device
+    loss_of = partial(losses_of_probe, models, session.networks, session.objective, device)
+    update = session.progress.update
+    with left_out(session), undisturbed(models.unet, models.text_encoder, models.vae, device=device.torch_device):
+        values = session.validation.run(update, loss_of)
+        averages = session.averages()
+        if averages is not None:
+            with ExitStack() as stack:
+                for name, tensors in averages.items():
+                    stack.enter_context(weights_swapped(getattr(models, name), tensors))
+                values |= session.validation.run(update, loss_of, label="ema")
+    session.tracker.scalars(update, values)
+    shown = {tag: value for tag, value in values.items() if tag.startswith("loss/")}
+    LOGGER.info("validation: %s", ", ".join(f"{tag} {value:.5f}" for tag, value in shown.items()))
 
 
 def report_saves(session: Session, results: list[SaveResult]) -> None:
@@ -121,3 +210,12 @@ def left_out(session: Session) -> Iterator[None]:
     started = time.perf_counter()
     yield
     session.window.leave_out(time.perf_counter() - started)
+
+
+@contextmanager
+def surviving(what: str) -> Iterator[None]:
+    """Go on when the disk refuses something that is only looked at."""
+    try:
+        yield
+    except OSError as error:
+        LOGGER.warning("%s could not be written: %s", what, str(error))

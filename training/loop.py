@@ -8,10 +8,10 @@ from collections.abc import Iterator
 
 from data.batches import Batch
 from data.item import Update
-from optimizer.objective import diffusion_step
-from training.between import after_epoch, after_update, before_first_update
+from training.between import after_epoch, after_update, before_epoch, before_first_update
+from training.memory import learn_from_shortage, pieces
 from training.session import Session
-from utils.models import tokenize
+from training.step import Pass, forward_backward
 
 
 def train(session: Session) -> None:
@@ -26,6 +26,7 @@ def train_epoch(session: Session) -> None:
     started, images_before = time.perf_counter(), session.progress.images
     done = session.progress.update_in_epoch
     updates = session.data.plan(session.progress.epoch)
+    before_epoch(session, updates)
     batches = session.batches.epoch(updates, done)
     for update in updates[done:]:
         train_update(session, update, batches)
@@ -42,15 +43,11 @@ def train_update(session: Session, update: Update, batches: Iterator[Batch]) -> 
     """One change of the weights: a forward and backward pass for each micro-batch, then the step."""
     started = time.perf_counter()
     done = session.progress.update
-    captions: list[str] = []
-    for number, _ in enumerate(update.micro_batches, start=1):
-        batch = next(batches)
-        captions += batch.captions
-        _forward_backward(session, batch, update, last=number == len(update.micro_batches))
+    passes = accumulate(session, update, batches)
     session.last = session.updater.step(done)
     if session.ema is not None:
         session.ema.update(done + 1, session.trained())
-    session.captions = tuple(captions)
+    note(session, done + 1, passes)
     progress = session.progress
     session.progress = dataclasses.replace(
         progress,
@@ -62,12 +59,46 @@ def train_update(session: Session, update: Update, batches: Iterator[Batch]) -> 
     session.bar.advance()
 
 
-def _forward_backward(session: Session, batch: Batch, update: Update, *, last: bool) -> None:
-    device = session.device.torch_device
-    input_ids = tokenize(session.models, batch.captions).to(device, non_blocking=True)
-    batch = batch.to(device, non_blocking=True)
-    losses = diffusion_step(session.networks, session.objective, batch.pixels, input_ids, batch.draws)
-    session.updater.backward(losses, batch.loss_scale, update.images, done=session.progress.update, last=last)
-    total = losses.detach().sum()
-    session.window.add(total, len(batch.visits))
-    session.epoch_meter.add(total, len(batch.visits))
+def accumulate(session: Session, update: Update, batches: Iterator[Batch]) -> list[Pass]:
+    """The gradients of all micro-batches of `update`.
+
+    When memory runs out, all of them are dropped and made anew from the same draws, with smaller micro-batches.
+
+    Raises:
+        OutOfMemoryError: not even one image fits.
+    """
+    taken: list[Batch] = []
+    while True:
+        passes: list[Pass] = []
+        try:
+            for number in range(len(update.micro_batches)):
+                if number == len(taken):
+                    taken.append(next(batches))
+                last_batch = number + 1 == len(update.micro_batches)
+                for piece, last_piece in pieces(session, taken[number]):
+                    passes.append(forward_backward(session, piece, update.images, last=last_batch and last_piece))
+            return passes
+        except RuntimeError as error:
+            if not session.device.out_of_memory(error):
+                raise
+            learn_from_shortage(session, taken[-1] if number + 1 == len(taken) else taken[number])
+            session.updater.discard()
+
+
+def note(session: Session, number: int, passes: list[Pass]) -> None:
+    """Remember what the update `number` was made of, for the logs."""
+    assert session.last is not None
+    ids: list[str] = []
+    captions: list[str] = []
+    for one in passes:
+        session.window.add(one.total, len(one.batch.visits))
+        session.epoch_meter.add(one.total, len(one.batch.visits))
+        names = [visit.item.id for visit in one.batch.visits]
+        heard = [name if text else None for name, text in zip(names, one.batch.captions, strict=True)]
+        session.ledger.add(heard, one.losses, one.batch.draws.timesteps)
+        ids += names
+        captions += one.batch.captions
+        for visit, reason in one.batch.failures:
+            session.note_failure(visit, reason)
+    session.captions = tuple(captions)
+    session.unread.append((number, tuple(ids), session.last.applied))

@@ -14,6 +14,8 @@ from utils.resume import compare_resume
 # These may change when a run goes on: where files lie and what is shown, and what a user turns while training. They
 # are listed. Every other option decides which pictures, draws and weights are meant, so a change of it is an error.
 LISTED = """
+    hub_revision hub_variant model_config model_ema prediction_type data_index check_data write_schedule background
+    max_bad_updates
     config project_name run_name logdir dry_run load_settings_every_epoch max_epochs max_steps
     resume_ckpt resume_mode attn_type gradient_checkpointing clip_skip
     data_root num_workers worker_start cond_dropout flip_p crop_jitter shuffle_tags keep_tags

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from data.batches import Batches
 from data.dataset import TrainingSet
+from data.item import Bucket, Visit
+from data.probes import Validation
+from data.substitutes import Failures
 from optimizer.build import Part
 from optimizer.ema import Ema
 from optimizer.objective import Networks, Objective
 from optimizer.update import StepResult, Updater
+from training.inputs import Inputs
 from utils.archive import Archive
 from utils.checkpoint import Kind, Progress
 from utils.config import Options
 from utils.console import Bar
+from utils.control import ControlFile
 from utils.device import Device
 from utils.gallery import Gallery
+from utils.ledger import Ledger
+from utils.logs import LOGGER
 from utils.meter import Meter
 from utils.models import Models
 from utils.run_dir import RunDir
@@ -40,10 +47,16 @@ class Session:
 
     Args:
         seed: the resolved one; `options.run.seed` may be -1.
+        inputs: as read last; `options` are those in force.
         captions: of the last update, for samples without a prompt.
         last: what the last update did.
+        last_loss: the loss that was logged last.
+        skipped_told: skipped updates that were told already.
+        unread: number, image ids and success of each update since the last log; the success is on the device.
+        row_limits: buckets of which fewer images than `batch_size` fit into memory.
     """
 
+    inputs: Inputs
     options: Options
     seed: int
     run: RunDir
@@ -58,6 +71,10 @@ class Session:
     batches: Batches
     tracker: Tracker
     gallery: Gallery
+    validation: Validation | None
+    ledger: Ledger
+    failures: Failures
+    control: ControlFile
     archive: Archive
     writer: CheckpointWriter
     bar: Bar
@@ -68,9 +85,10 @@ class Session:
     timetable: Timetable
     captions: tuple[str, ...] = ()
     last: StepResult | None = None
-    log_grad_norm: bool = True
-    skipped_told: int = 0
     last_loss: float | None = None
+    skipped_told: int = 0
+    unread: list[tuple[int, tuple[str, ...], Tensor]] = field(default_factory=list)
+    row_limits: dict[Bucket, int] = field(default_factory=dict)
 
     @property
     def finished(self) -> bool:
@@ -97,6 +115,8 @@ class Session:
             "answers": self.answers(),
             "updater": self.updater.state_dict(),
             "ema": None if self.ema is None else self.ema.state_dict(),
+            "ledger": self.ledger.state(),
+            "validation": None if self.validation is None else self.validation.state(),
         }
 
     def restore(self, state: Mapping[str, Any]) -> list[str]:
@@ -107,6 +127,9 @@ class Session:
         changes = self.updater.load_state_dict(state["updater"])
         if self.ema is not None and state["ema"] is not None:
             self.ema.load_state_dict(state["ema"])
+        self.ledger.load_state(state["ledger"])
+        if self.validation is not None and state["validation"] is not None:
+            self.validation.load_state(state["validation"])
         return changes
 
     def save(self, kind: Kind = "", *, wait: bool = False) -> list[SaveResult]:
@@ -119,3 +142,14 @@ class Session:
             self.writer.save(self.state(), saves)
         self.timetable.saved()
         return results
+
+    def note_failure(self, visit: Visit, reason: str) -> None:
+        """Log a picture that could not be decoded, once.
+
+        Raises:
+            UserError: too many of them in this epoch.
+        """
+        visits = sum(update.images for update in self.data.plan(visit.epoch))
+        line = self.failures.add(visit, reason, visits)
+        if line is not None:
+            LOGGER.warning("%s", line)

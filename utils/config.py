@@ -31,6 +31,13 @@ class ModelOptions:
         "stable-diffusion-v1-5/stable-diffusion-v1-5",
         "Diffusers folder, .safetensors or .ckpt file, Hugging Face id, a checkpoint of ours, or findlast",
     )
+    hub_revision: str | None = option(None, "branch, tag or commit of a Hugging Face id; not given: main")
+    hub_variant: str | None = option(None, "variant of a Hugging Face id or Diffusers folder, such as fp16")
+    model_config: str | None = option(None, "folder or Hugging Face id whose configurations describe a single file")
+    model_ema: bool = option(False, "take the averaged UNet of a single file that holds both")
+    prediction_type: str | None = option(
+        None, "what the UNet answers with, where the files say it wrongly", choices=("epsilon", "v_prediction")
+    )
     resume_mode: str = option(
         "auto",
         "exact goes on with an unfinished run; weights starts a new run from its weights; auto: exact if unfinished",
@@ -52,9 +59,12 @@ class ModelOptions:
 class DataOptions:
     """Data: what is learned from."""
 
-    data_root: Any = option("input", "folder of captioned pictures")
+    data_root: Any = option("input", "folder of captioned pictures, manifest, or a list of them; see docs/data.md")
     resolution: int = option(512, "side of a square picture; other shapes keep its area", low=64, high=2048)
     bucket_step: int = option(64, "sides of the buckets are multiples of it", low=8, high=64)
+    buckets: str = option(
+        "computed", "fitted: as many, chosen for these pictures to lose the least area", choices=("computed", "fitted")
+    )
     batch_size: int = option(2, "images in a forward pass; a tenth of the pictures at most is advisable", low=1)
     grad_accum: int = option(1, "an update takes batch_size times this many images", low=1)
     cond_dropout: float = option(0.04, "share of visits trained with the empty caption", low=0, high=1)
@@ -66,6 +76,20 @@ class DataOptions:
     )
     shuffle_tags: bool = option(False, "shuffle the tags after the main prompt, in a new order at every visit")
     keep_tags: int = option(0, "the first so many tags after the main prompt stay in place", low=0)
+    rated_dataset: bool = option(
+        False, "use fewer pictures from epoch to epoch, the best rated the longest"
+    )
+    rated_dataset_target_dropout_percent: int = option(
+        50, "share of the pictures that a rated data set leaves out in its last epoch", low=0, high=100
+    )
+    background: str = option("white", "what shows through transparent pictures", choices=("white", "black", "grey"))
+    write_schedule: bool = option(False, "write every epoch's visits to the run folder; with dry_run those of the first one to the current folder")
+    check_data: bool = option(False, "decode every picture once and look for duplicates before training")
+    data_index: str = option(
+        "cache",
+        "where facts about the files are kept for the next start: the user's cache, beside the folder, or nowhere",
+        choices=("cache", "beside", "off"),
+    )
     num_workers: int = option(
         2, "processes that read and decode pictures; 0: the training process does it", low=0, high=64
     )
@@ -97,7 +121,6 @@ class NoiseOptions:
         "distribution of the timesteps; stratified spreads those of an update evenly",
         choices=("uniform", "stratified", "logit_normal"),
     )
-    train_sampler: str = option("ddpm", "scheduler class that adds the noise", choices=("ddpm", "ddim", "pndm"))
     embedding_perturbation: float = option(
         0.0, "noise of this strength on the text embedding (arXiv 2405.20494)", low=0
     )
@@ -134,6 +157,17 @@ class OptimizerOptions:
     )
     lr_decay_steps: int | None = option(None, "updates of the decay; not given: 1.5 times the run", low=1)
     lr_warmup_steps: int | None = option(None, "updates of the warmup; not given: 2 % of the decay", low=0)
+    weight_dtype: str = option(
+        "fp32",
+        "what trained weights are kept in; bf16 halves the memory and rounds at random",
+        choices=("fp32", "bf16"),
+    )
+    step_in_backward: bool = option(
+        False, "change each weight as soon as its gradient is there: less memory; no clip_grad_norm or grad_accum"
+    )
+    max_bad_updates: int = option(
+        20, "stop after so many updates in a row whose loss or gradients were not finite", low=1
+    )
     scale_lr: bool = option(False, "multiply the rates by (batch_size * grad_accum) ^ 0.55")
     clip_grad_norm: float | None = option(None, "largest gradient norm, each network by itself; 1.0 is usual", low=0)
 
@@ -162,7 +196,7 @@ class EmaOptions:
 class SampleOptions:
     """Samples: pictures drawn while training."""
 
-    sample_prompts: str | None = option("sample_prompts.txt", "a prompt a line, or a .json file; see docs/watching.md")
+    sample_prompts: str | None = option("sample_prompts.txt", "a prompt a line, or a .json file; none: no samples")
     sample_steps: int = option(250, "updates between samples", low=1)
 
 
@@ -242,4 +276,5 @@ OBSOLETE: dict[str, str] = {
     "ed1_mode": "not needed",
     "useadam8bit": "choose the optimizer in the optimizer file",
     "disable_xformers": "choose with attn_type",
+    "train_sampler": "ddpm, ddim and pndm add noise by the same formula",
 }

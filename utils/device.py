@@ -51,6 +51,14 @@ class Device:
         with torch.autocast(self.torch_device.type, dtype=self.amp_dtype):
             yield
 
+    def out_of_memory(self, error: BaseException) -> bool:
+        """Whether `error` says that the device is full; if so its unused cache is given back."""
+        if not isinstance(error, torch.OutOfMemoryError):
+            return False
+        if self.is_cuda:
+            torch.cuda.empty_cache()
+        return True
+
     def memory_gib(self) -> tuple[float, float] | None:
         """GiB in use at the peak and GiB in all, `None` on the CPU. Reads counters, does not wait for the device."""
         if not self.is_cuda:
@@ -59,14 +67,16 @@ class Device:
         return torch.cuda.max_memory_reserved(self.torch_device) / 2**30, total / 2**30
 
 
-def open_device(options: DeviceOptions) -> Device:
-    """The device of the run, and process-wide settings for it.
+def open_device(options: DeviceOptions, *, bf16_weights: bool = False) -> Device:
+    """The device of the run, and process-wide settings for it; `bf16_weights` compute in bf16 everywhere.
 
     Raises:
         UserError: the GPU that was asked for is not there, or cannot compute in the precision that was asked for.
     """
     from accelerate import PartialState
 
+    if bf16_weights and (options.disable_amp or options.amp_dtype == "fp16"):
+        raise UserError("weight_dtype = bf16 computes in bf16; leave disable_amp out and amp_dtype at auto")
     use_cuda = torch.cuda.is_available() if options.device == "auto" else options.device == "cuda"
     if use_cuda:
         _check_gpu(options.gpuid)
@@ -78,7 +88,7 @@ def open_device(options: DeviceOptions) -> Device:
         raise UserError("training on several devices is not built yet; start train.py without accelerate launch")
     device = torch.device("cuda", options.gpuid) if use_cuda else torch.device("cpu")
     name = torch.cuda.get_device_name(device) if use_cuda else f"CPU, {torch.get_num_threads()} threads"
-    return Device(device, name, _amp_dtype(options, use_cuda))
+    return Device(device, name, torch.bfloat16 if bf16_weights else _amp_dtype(options, use_cuda))
 
 
 def _check_gpu(gpuid: int) -> None:

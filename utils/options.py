@@ -56,18 +56,21 @@ class Collected:
 def collect_options(argv: Sequence[str]) -> Collected:
     """What flags and the JSON file say; raises nothing but `SystemExit`, after `--help`."""
     sections = list(SECTIONS.values())
-    flags, problems = parse_command_line(build_parser(sections, "train.py", DESCRIPTION), sections, argv)
+    parser = build_parser(sections, "train.py", DESCRIPTION)
+    flags, problems = parse_command_line(parser, sections, argv, OBSOLETE)
     path = Path(flags.get("config", "train.json"))
     from_file: dict[str, Any] = {}
-    warnings: list[str] = []
+    given_flags = {word.partition("=")[0] for word in argv}
+    warnings = [_obsolete("command line", name) for name in OBSOLETE if f"--{name}" in given_flags]
     if path.exists() or "config" in flags:
         try:
             raw = read_json_object(path)
         except ProblemsError as error:
             problems += error.problems
         else:
-            from_file, file_problems, warnings = check_file(raw, str(path))
+            from_file, file_problems, file_warnings = check_file(raw, str(path))
             problems += file_problems
+            warnings += file_warnings
     given = {**from_file, **flags}
     problems += [] if problems else check_together(given, str(path), flags)
     return Collected(given, flags, tuple(warnings), tuple(problems))
@@ -136,14 +139,16 @@ def check_file(raw: Mapping[str, Any], where: str) -> tuple[dict[str, Any], list
         section_good, section_problems = read_values(section, values, where)
         good |= section_good
         problems += section_problems
-    warnings = [
-        f"{where}: {name} is obsolete and changes nothing: {OBSOLETE[name]}" for name in raw if name in OBSOLETE
-    ]
+    warnings = [_obsolete(where, name) for name in OBSOLETE if name in raw]
     for name in raw:
         if name not in owner and name not in OBSOLETE:
             problems.append(Problem(where, name, raw[name], nearest(name, owner)))
     good.pop("config", None)  # a saved file names the file it came from; the one being read is the one that counts
     return good, problems, warnings
+
+
+def _obsolete(where: str, name: str) -> str:
+    return f"{where}: {name} is obsolete and changes nothing: {OBSOLETE[name]}"
 
 
 def check_together(given: Mapping[str, Any], where: str, flags: Mapping[str, Any]) -> list[Problem]:

@@ -202,9 +202,9 @@ def _bounds(spec: Spec) -> str:
 
 
 def parse_command_line(
-    parser: argparse.ArgumentParser, sections: Sequence[type], argv: Sequence[str]
+    parser: argparse.ArgumentParser, sections: Sequence[type], argv: Sequence[str], obsolete: Iterable[str] = ()
 ) -> tuple[dict[str, Any], list[Problem]]:
-    """The flags that are given, checked, and every problem with them."""
+    """The flags that are given, checked, and every problem with them; `obsolete` ones are passed over."""
     where = "command line"
     known, unknown = parser.parse_known_args(list(argv))
     fields = {name: field for section in sections for name, field in option_fields(section).items()}
@@ -215,8 +215,13 @@ def parse_command_line(
             good[name] = value
         else:
             problems.append(problem)
+    passed_over = False
     for word in unknown:
         flag, _, value = word.partition("=")
+        if flag.startswith("--"):
+            passed_over = flag[2:] in set(obsolete)
+        if passed_over:
+            continue
         if flag.startswith("--"):
             problems.append(Problem(where, flag, value or None, nearest(flag, fields)))
         elif not (flag and problems and problems[-1].key.startswith("--") and problems[-1].value is None):
