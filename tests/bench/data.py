@@ -23,6 +23,7 @@ from data.headers import read_header
 from data.item import Bucket, Caption, Item
 from data.pixels import load_pixels
 from data.plan import plan_epoch
+from data.sources import find_data
 from tests.photos import cut, photographs
 
 
@@ -91,8 +92,8 @@ def bench_scan(count: int, *, cold: bool) -> None:
         pillow = seconds(lambda: open_all(paths), 3, before)
         headers = seconds(lambda: [read_header(path) for path in paths], 3, before)
         first = seconds(lambda: find_items([root]), 3, before)
-        find_items([root], index_kind="beside")
-        second = seconds(lambda: find_items([root], index_kind="beside"), 3, before)
+        find_data(str(root), index_kind="beside")
+        second = seconds(lambda: find_data(str(root), index_kind="beside"), 3, before)
     state = "cold" if cold else "warm"
     print(f"scan of {count:,} pictures with captions, {state} files")
     print(f"  Image.open loop   {pillow:7.3f} s")
