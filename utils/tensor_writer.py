@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import cycle
 from math import prod
 from pathlib import Path
-from queue import Queue
-from threading import Thread
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from utils.errors import UserError, printable
 
@@ -24,7 +22,6 @@ HASH_KEY, UNSEALED_KEY = "modelspec.hash_sha256", "emulsion.not_verified"
 NO_HASH = "0x" + "0" * 64
 # Small enough to stay in the processor's cache between casting and writing.
 CHUNK_NUMBERS = 1 << 21
-_QUEUED = 2
 
 
 class Piece(NamedTuple):
@@ -40,35 +37,27 @@ def write_tensors(path: Path, pieces: Sequence[Piece], dtype: torch.dtype, metad
 
     Peak memory is the largest tensor that `make` creates, and a few MiB. Raises `OSError` when the disk is full.
     """
+    import torch
+
     ordered = sorted(pieces, key=lambda piece: piece.name)
     with path.open("wb", buffering=0) as file:
-        file.write(_header(ordered, dtype, metadata))
-        writer = _Writer(file)
-        # One buffer being filled, some waiting, one being written.
-        buffers = cycle(_buffers(dtype, _QUEUED + 2))
-        try:
-            for piece in ordered:
-                made = piece.make()
-                assert tuple(made.shape) == piece.shape, piece.name
-                for chunk in flat_chunks(made, dtype, buffers):
-                    writer.put(_bytes_of(chunk))
-        finally:
-            writer.close()
-        if writer.error is not None:
-            raise writer.error
+        _write_all(file, memoryview(_header(ordered, dtype, metadata)))
+        buffer = torch.empty(CHUNK_NUMBERS, dtype=dtype)
+        for piece in ordered:
+            made = piece.make()
+            assert tuple(made.shape) == piece.shape, piece.name
+            for chunk in flat_chunks(made, buffer):
+                _write_all(file, _bytes_of(chunk))
     path.chmod(0o644)
 
 
-def flat_chunks(tensor: Tensor, dtype: torch.dtype, buffers: Iterator[Tensor]) -> Iterator[Tensor]:
-    """The numbers of `tensor` in `dtype`, flat and piece by piece; what needs casting is cast into the next buffer."""
+def flat_chunks(tensor: Tensor, buffer: Tensor) -> Iterator[Tensor]:
+    """The numbers of `tensor` in the precision of `buffer`, flat and piece by piece.
+
+    What needs casting is cast into `buffer`, so a piece is good until the next one is asked for.
+    """
     for piece in _split(tensor.detach()):
-        yield piece if piece.dtype == dtype else next(buffers)[: piece.numel()].copy_(piece)
-
-
-def _buffers(dtype: torch.dtype, count: int) -> list[Tensor]:
-    import torch
-
-    return [torch.empty(CHUNK_NUMBERS, dtype=dtype) for _ in range(count)]
+        yield piece if piece.dtype == buffer.dtype else buffer[: piece.numel()].copy_(piece)
 
 
 def same_tensor(found: Tensor, expected: Tensor, buffer: Tensor) -> bool:
@@ -78,8 +67,8 @@ def same_tensor(found: Tensor, expected: Tensor, buffer: Tensor) -> bool:
     if found.shape != expected.shape or found.dtype != buffer.dtype:
         return False
     integers = {2: torch.int16, 4: torch.int32}[found.element_size()]
-    ours = flat_chunks(expected, found.dtype, cycle([buffer]))
-    return all(torch.equal(a.view(integers), b.view(integers)) for a, b in zip(_split(found), ours, strict=True))
+    pairs = zip(_split(found), flat_chunks(expected, buffer), strict=True)
+    return all(torch.equal(theirs.view(integers), ours.view(integers)) for theirs, ours in pairs)
 
 
 def _split(tensor: Tensor) -> tuple[Tensor, ...]:
@@ -136,27 +125,6 @@ def _bytes_of(chunk: Tensor) -> memoryview:
     return memoryview(array)
 
 
-class _Writer:
-    """A thread that writes what it is given; after an error it goes on taking, so that nobody waits for ever."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.error: BaseException | None = None
-        self._file = file
-        self._queue: Queue[memoryview | None] = Queue(_QUEUED)
-        self._thread = Thread(target=self._run, name="tensor-writer", daemon=True)
-        self._thread.start()
-
-    def put(self, data: memoryview) -> None:
-        self._queue.put(data)
-
-    def close(self) -> None:
-        self._queue.put(None)
-        self._thread.join()
-
-    def _run(self) -> None:
-        while (data := self._queue.get()) is not None:
-            try:
-                while data and self.error is None:
-                    data = data[self._file.write(data) :]
-            except BaseException as error:  # noqa: BLE001 - handed to the thread that writes the model
-                self.error = error
+def _write_all(file: io.FileIO, data: memoryview) -> None:
+    while data:
+        data = data[file.write(data) :]
