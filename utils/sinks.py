@@ -119,11 +119,11 @@ class EventSink:
         self._summary(custom_scalars(layout), 0)
 
     def hparams(self, options: Mapping[str, Any], metrics: Sequence[str]) -> None:
-        """The options for the tab "HParams"; what is no number, truth or text is shown as text."""
+        """The options for the tab "HParams"; what is neither number nor text is shown as JSON."""
         from torch.utils.tensorboard.summary import hparams
 
         known = {
-            name: value if isinstance(value, bool | int | float | str) else json.dumps(value)
+            name: value if isinstance(value, float | str) or type(value) is int else json.dumps(value)
             for name, value in options.items()
         }
         for summary in hparams(known, dict.fromkeys(metrics, 0.0)):

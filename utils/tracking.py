@@ -14,9 +14,21 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 METRICS = "metrics.jsonl"
+# A table of every option would show none of these.
+COMPARED = (
+    *("lr", "lr_scheduler", "batch_size", "grad_accum", "resolution", "max_epochs", "optimizer_config", "seed"),
+    *("disable_unet_training", "disable_textenc_training", "clip_skip", "cond_dropout", "flip_p", "shuffle_tags"),
+    *("zero_frequency_noise_ratio", "enable_zero_terminal_snr", "min_snr_gamma", "loss_type", "clip_grad_norm"),
+    *("timestep_start", "timestep_end", "ema_decay_rate", "ema_strength_target"),
+)
 LAYOUT: dict[str, dict[str, list[str]]] = {
-    "loss": {"training": ["loss/log_step", "loss/epoch", "loss/train-stabilized"]},
-    "validation": {"loss": ["loss/val", "loss/_all_val_combined"], "timestep bands": ["loss/val/band.*"]},
+    "loss": {"training": ["loss/log_step", "loss/epoch"]},
+    "validation": {
+        "held-out images": ["loss/val( ema)?", "loss/_all_val_combined( ema)?"],
+        "of the training": ["loss/train-stabilized( ema)?"],
+        "bands of timesteps": ["validation/val band .*"],
+        "relative to the first": ["validation/.* relative( ema)?"],
+    },
     "rates": {
         "learning rate": ["hyperparameter/lr.*"],
         "gradient norm": ["optimizer/.*grad_norm"],
@@ -83,8 +95,9 @@ class Tracker:
         self._tell("layout", charts)
 
     def hparams(self, options: Mapping[str, Any], metrics: Sequence[str] = ("loss/epoch", "loss/val")) -> None:
-        """Report the options by which runs are compared, and the tags by which they are judged."""
-        self._tell("hparams", options, list(metrics))
+        """Report those of `options` by which runs are compared, and the tags by which they are judged."""
+        compared = {name: options[name] for name in COMPARED if options.get(name) is not None}
+        self._tell("hparams", compared, list(metrics))
 
     def close(self) -> None:
         """Write what has waited and let go of the sinks."""

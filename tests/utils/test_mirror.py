@@ -20,7 +20,7 @@ def test_offline_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     state = random.getstate(), torch.get_rng_state()
     tracker = Tracker(tmp_path, mirror=open_mirror("emulsion-test", None, tmp_path))
-    tracker.hparams({"lr": 0.5, "plugins": ["a"]})
+    tracker.hparams({"lr": 0.5, "shuffle_tags": True})
     tracker.scalars(25, {"loss/log_step": 0.125})
     tracker.scalars(20, {"loss/val": 0.25})
     tracker.text("config", "<b>text</b>")

@@ -85,7 +85,7 @@ def test_pictures_are_small_and_their_originals_elsewhere(tmp_path: Path, monkey
 def test_charts_histogram_and_hparams_can_be_read(tmp_path: Path) -> None:
     tracker = Tracker(tmp_path)
     tracker.layout()
-    tracker.hparams({"lr": 1e-6, "optimizer": "adamw", "plugins": ["a.B"], "flip_p": None, "amp": True})
+    tracker.hparams({"lr": 1e-6, "lr_scheduler": "cosine", "flip_p": None, "shuffle_tags": True, "logdir": "logs"})
     tracker.histogram("timesteps", [5, 0, 2], [0, 10, 20, 30], 7)
     seen = board(tmp_path)
     from tensorboard.plugins.custom_scalar import layout_pb2
@@ -100,7 +100,9 @@ def test_charts_histogram_and_hparams_can_be_read(tmp_path: Path) -> None:
     contents = seen.PluginTagToContent("hparams")
     start = metadata.parse_session_start_info_plugin_data(contents[metadata.SESSION_START_INFO_TAG])
     assert start.hparams["lr"].number_value == 1e-6
-    assert start.hparams["optimizer"].string_value == "adamw"
+    assert start.hparams["lr_scheduler"].string_value == "cosine"
+    assert start.hparams["shuffle_tags"].string_value == "true"
+    assert set(start.hparams) == {"lr", "lr_scheduler", "shuffle_tags"}
 
 
 def test_a_resumed_run_drops_what_came_after_its_checkpoint(tmp_path: Path) -> None:

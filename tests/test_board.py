@@ -1,0 +1,39 @@
+"""TensorBoard in a real browser shows what a run reported."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tests.board import available, board
+from utils.tracking import Tracker
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not available(), reason="needs chromium and chromedriver")]
+
+
+def test_every_page(tmp_path: Path) -> None:
+    tracker = Tracker(tmp_path / "run")
+    tracker.layout()
+    tracker.text("config", "caption <img src=http://127.0.0.1:9/x.png> *stars*")
+    tracker.hparams({"lr": 1e-6, "batch_size": 4})
+    for update in range(10, 60, 10):
+        tracker.scalars(update, {"loss/log_step": 1 / update, "loss/val": 0.5, "hyperparameter/lr unet": 1e-6})
+    tracker.image("sample_000_a_cat", Image.new("RGB", (96, 40), "orange"), 50)
+    tracker.histogram("timesteps", [1, 2, 3], [0, 10, 20, 30], 50)
+    tracker.close()
+    with board(tmp_path) as (browser, address):
+        browser.open(address + "#timeseries")
+        text = browser.wait_for("/lr unet")
+        assert "/log_step" in text
+        browser.open(address + "#custom_scalars")
+        text = browser.wait_for("held-out images")
+        assert all(name in text for name in ("training", "learning rate", "images per second"))
+        browser.open(address + "#text")
+        assert "<img src=http://127.0.0.1:9/x.png> *stars*" in browser.wait_for("caption")
+        browser.open(address + "#images")
+        browser.wait_for("sample_000_a_cat")
+        assert [96, 40] in browser.pictures()
+        browser.open(address + "#hparams")
+        assert "batch_size" in browser.wait_for("lr")
