@@ -11,7 +11,7 @@ from utils.errors import UserError
 # What changes with every update goes on as saved: the rate, and what optimizers that find their own keep beside it.
 _PROGRESS = frozenset(
     """params lr k d d_max d_hat d_numerator d_denom numerator_weighted gsq_weighted g0_norm
-    lr_max weight_sum scheduled_lr train_mode""".split()  # noqa: SIM905
+    lr_max weight_sum scheduled_lr train_mode""".split()
 )
 
 

@@ -58,14 +58,19 @@ def part_settings(file: OptimizerFile, options: OptimizerOptions, images_per_upd
     notes = list(file.notes)
     if options.scale_lr:
         factor = images_per_update**SCALE_LR_EXPONENT
-        notes.append(f"scale_lr: rates times {images_per_update}^{SCALE_LR_EXPONENT} = {factor:.4g}")
         rates = (rates[0] * factor, rates[1] * factor)
+        notes.append(
+            f"scale_lr: times {images_per_update}^{SCALE_LR_EXPONENT} = {factor:.4g}, "
+            f"so lr {rates[0]:.4g} for the unet and {rates[1]:.4g} for the text encoder"
+        )
     names = ("unet", "text encoder")
     parts = [_settings(values, rate) for values, rate in zip((base, text), rates, strict=True)]
     for name, part in zip(names, parts, strict=True):
         optimizer = part.optimizer
         if optimizer in FINDS_ITS_RATE and part.lr < LOWEST_FACTOR:
             notes.append(f"{name}: lr = {part.lr:g} is a factor on the rate that {optimizer} finds; 0.1 to 1 is usual")
+        if "lr" not in PARAMETERS[optimizer or "adamw"] and options.lr is not None:
+            notes.append(f"{name}: lr has no effect: {optimizer} takes none")
     return Settings(parts[0], parts[1], tuple(notes))
 
 

@@ -139,6 +139,8 @@ class Updater:
         Raises:
             UserError: the state belongs to other optimizers or other weights.
         """
+        if state["version"] != STATE_VERSION:
+            raise UserError("the saved state was written by another version of Emulsion; use --resume_mode weights")
         saved = state["parts"]
         names = [part.name for part in self.parts]
         if sorted(saved) != sorted(names):

@@ -89,6 +89,9 @@ def load_optimizer_file(path: str | Path) -> OptimizerFile:
     path = Path(path)
     if str(path) == DEFAULT_FILE and not path.exists():
         return OptimizerFile(notes=(f"no {path}: the default optimizer and rates are used; see docs/optimizers.md",))
+    if not path.exists():
+        remedy = "no such file; name another one with optimizer_config, or leave that out for the defaults"
+        raise ProblemsError([Problem(str(path), "", None, remedy)])
     return parse_optimizer_file(read_json_object(path), str(path))
 
 

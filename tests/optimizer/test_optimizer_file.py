@@ -176,7 +176,17 @@ def test_scale_lr_applies_once_to_every_part_and_is_said() -> None:
     plain, scaled = merged(OLD_FILE, images=12), merged(OLD_FILE, images=12, scale_lr=True)
     for name in ("unet", "text_encoder"):
         assert getattr(scaled, name).lr == pytest.approx(getattr(plain, name).lr * 12**0.55)
-    assert "12^0.55 = 3.922" in scaled.notes[0]
+    assert scaled.notes[0] == (
+        "scale_lr: times 12^0.55 = 3.922, so lr 7.845e-06 for the unet and 1.961e-06 for the text encoder"
+    )
+
+
+def test_a_rate_for_an_optimizer_without_one_is_said_to_do_nothing() -> None:
+    assert merged({"base": {"optimizer": "adacoor"}}, lr=1.0).notes == (
+        "unet: lr has no effect: adacoor takes none",
+        "text encoder: lr has no effect: adacoor takes none",
+    )
+    assert merged({"base": {"optimizer": "adacoor"}}).notes == ()
 
 
 @pytest.mark.parametrize("optimizer", ["dadapt_adam", "dadapt_lion", "dadapt_sgd", "dadapt_adan", "prodigy"])
