@@ -23,17 +23,18 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "tokenizer.json",
 )
-# Those that rescale their own betas.
-ZERO_SNR_SCHEDULERS = (
-    "DDPMScheduler",
-    "DDIMScheduler",
+# Schedulers of Diffusers that rescale their own betas. The first four keep the last alpha a little above zero; the
+# others divide by it to turn predicted noise into a picture, which no v-prediction needs.
+_FLOORED = (
     "EulerDiscreteScheduler",
     "EulerAncestralDiscreteScheduler",
     "DPMSolverMultistepScheduler",
     "UniPCMultistepScheduler",
-    "LCMScheduler",
-    "TCDScheduler",
 )
+ZERO_SNR_SCHEDULERS = {
+    "epsilon": _FLOORED,
+    "v_prediction": ("DDIMScheduler", *_FLOORED, "DDPMScheduler", "LCMScheduler", "TCDScheduler"),
+}
 MAX_JSON_BYTES = 1 << 20
 MAX_TOKENIZER_BYTES = 32 << 20
 # No Stable Diffusion comes near these; a configuration beyond them would only keep the machine busy building modules.
@@ -75,13 +76,14 @@ class ModelFiles:
 def mark_scheduler(config: Config, prediction_type: str, zero_terminal_snr: bool) -> dict[str, Any]:
     """The scheduler's configuration, marked with how the model was trained.
 
-    A class of scheduler that cannot end in pure noise (PNDM) gives way to DDIM when `zero_terminal_snr` is asked for.
+    With `zero_terminal_snr`, a class that cannot end in pure noise gives way: PNDM to DDIM, and for epsilon, where DDIM
+    would answer with NaN, both to Euler.
     """
     marked = dict(config) | {"prediction_type": prediction_type}
     if zero_terminal_snr:
-        name = marked.get("_class_name")
+        name, able = marked.get("_class_name"), ZERO_SNR_SCHEDULERS[prediction_type]
         marked |= {
-            "_class_name": name if name in ZERO_SNR_SCHEDULERS else "DDIMScheduler",
+            "_class_name": name if name in able else able[0],
             "rescale_betas_zero_snr": True,
             "timestep_spacing": "trailing",
         }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.utils.tiny_models import edit_json, load, sd1_model, sd2_model, tensors_of
 from utils.errors import UserError
+from utils.export import write_folder
 from utils.models import count_tokens, describe, encode_text, load_models, noise_scheduler, tokenize
 from utils.source import Wanted
 
@@ -230,15 +232,39 @@ def test_noise_schedules_end_where_they_should(folder: Path, name: str) -> None:
 
 
 def test_exports_are_marked_and_keep_their_scheduler_class(folder: Path) -> None:
+    config = folder / "scheduler/scheduler_config.json"
     models = load_models(folder)
     assert describe(models).scheduler["_class_name"] == "PNDMScheduler"
-    marked = describe(models, zero_terminal_snr=True).scheduler
-    assert (marked["_class_name"], marked["timestep_spacing"]) == ("DDIMScheduler", "trailing")
-    assert marked["rescale_betas_zero_snr"] is True
-    edit_json(folder / "scheduler/scheduler_config.json", _class_name="EulerDiscreteScheduler")
-    assert describe(load_models(folder), zero_terminal_snr=True).scheduler["_class_name"] == "EulerDiscreteScheduler"
+    assert "rescale_betas_zero_snr" not in describe(models).scheduler
     spoken = load_models(folder, Wanted(prediction_type="v_prediction"))
     assert describe(spoken).scheduler["prediction_type"] == "v_prediction"
+    for loaded, prediction_type, kept in (
+        ("PNDMScheduler", "v_prediction", "DDIMScheduler"),
+        ("PNDMScheduler", "epsilon", "EulerDiscreteScheduler"),
+        ("DDIMScheduler", "v_prediction", "DDIMScheduler"),
+        ("DDIMScheduler", "epsilon", "EulerDiscreteScheduler"),
+        ("EulerAncestralDiscreteScheduler", "epsilon", "EulerAncestralDiscreteScheduler"),
+        ("DPMSolverMultistepScheduler", "v_prediction", "DPMSolverMultistepScheduler"),
+    ):
+        edit_json(config, _class_name=loaded, prediction_type=prediction_type)
+        marked = describe(load_models(folder), zero_terminal_snr=True).scheduler
+        assert (marked["_class_name"], marked["prediction_type"]) == (kept, prediction_type)
+        assert marked["rescale_betas_zero_snr"] is True
+        assert marked["timestep_spacing"] == "trailing"
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_what_is_marked_with_zero_terminal_snr_draws_in_plain_diffusers(folder: Path, prediction_type: str) -> None:
+    from diffusers import StableDiffusionPipeline
+
+    models = load_models(folder, Wanted(prediction_type=prediction_type))
+    out = folder.parent / "out"
+    write_folder(out, tensors_of(models), describe(models, zero_terminal_snr=True))
+    pipeline = StableDiffusionPipeline.from_pretrained(out)
+    pipeline.set_progress_bar_config(disable=True)
+    arguments: dict[str, Any] = {"num_inference_steps": 3, "output_type": "latent", "height": 64, "width": 64}
+    assert bool(torch.isfinite(pipeline("a red circle", **arguments).images).all())
+    assert pipeline.scheduler.alphas_cumprod[-1] <= 2**-24
 
 
 def test_tokens_are_those_of_the_pipeline(folder: Path) -> None:
