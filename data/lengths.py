@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from random import Random
 
 from data.captions import render
 from data.item import Item
+from utils.files import atomic_file
 
 MAX_TOKENS = 75
 
@@ -31,7 +34,7 @@ def cut_captions(
 ) -> tuple[CutCaption, ...]:
     """The captions of more than `limit` tokens, the longest first, as they read without shuffling.
 
-    `known` holds the lengths that an earlier start counted (see `data.index.Index.tokens`) and takes the new ones.
+    `known` holds the lengths that an earlier start counted (see `load_lengths`) and takes the new ones.
     """
     lengths = {} if known is None else known
     # A token is a byte at least: most captions are short enough to be left uncounted.
@@ -50,6 +53,32 @@ def cut_captions(
         for (item, text), spans in zip(long, spans_of, strict=True)
     ]
     return tuple(sorted(cut, key=lambda caption: (-caption.tokens, caption.item.id)))
+
+
+def load_lengths(folder: Path, tokenizer: str) -> dict[str, int]:
+    """The lengths that `save_lengths` kept in `folder` for this tokenizer; none when there are none."""
+    try:
+        lengths = json.loads(_lengths_path(folder, tokenizer).read_text(encoding="ascii"))
+    except (OSError, ValueError):
+        return {}
+    if not isinstance(lengths, dict):
+        return {}
+    return {key: length for key, length in lengths.items() if isinstance(length, int)}
+
+
+def save_lengths(folder: Path, tokenizer: str, lengths: Mapping[str, int]) -> None:
+    """Keep the lengths in `folder` (see `data.index.cache_folder`), whole or not at all."""
+    path = _lengths_path(folder, tokenizer)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(path) as partial:
+            partial.write_text(json.dumps(lengths, separators=(",", ":")), encoding="ascii")
+    except OSError:
+        return
+
+
+def _lengths_path(folder: Path, tokenizer: str) -> Path:
+    return folder / "lengths" / f"{_key(tokenizer)}.json"
 
 
 def full_text(item: Item) -> str:

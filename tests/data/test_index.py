@@ -15,6 +15,7 @@ from data.folder import Found
 from data.index import Index, Stamp, cache_folder, index_path
 from data.sources import find_data
 from tests.data.corpus import jpeg, png
+from utils.errors import ProblemsError
 
 LONG_AGO = 1_600_000_000
 
@@ -66,7 +67,8 @@ def test_second_start_reads_nothing_and_finds_the_same(root: Path, opened: list[
     assert start(root) == first == plain
     assert opened == []
     assert len(first.unreadable) == len(first.warnings) == 1
-    assert [path.name for path in root.parent.iterdir() if path != root] == [".root.emulsion.json"]
+    beside = {path.name for path in root.parent.iterdir() if path != root}
+    assert beside == {".root.emulsion.json", ".root.emulsion-items.json"}
 
 
 @pytest.mark.parametrize("how", ["size", "time"])
@@ -111,7 +113,7 @@ BROKEN = [
     "[]",
     "{}",
     '{"version": 1}',
-    '{"version": 1, "files": {"": {"a": 3}}, "written_ns": 1, "tokens": {}}',
+    '{"version": 1, "files": {"": {"a": 3}}, "started_ns": 1}',
     '{"version": 99}',
     "\0",
 ]
@@ -120,15 +122,67 @@ BROKEN = [
 @pytest.mark.parametrize("content", BROKEN)
 def test_a_broken_index_is_forgotten(root: Path, opened: list[str], content: str) -> None:
     first = start(root)
-    (root.parent / ".root.emulsion.json").write_text(content)
+    (root.parent / ".root.emulsion-items.json").write_text(content)
     opened.clear()
     assert start(root) == first
+    assert opened == []
+    for name in (".root.emulsion.json", ".root.emulsion-items.json"):
+        (root.parent / name).write_text(content)
+    assert start(root) == first
     assert len(opened) == 15
+
+
+def test_items_that_were_tampered_with_are_not_believed(root: Path) -> None:
+    first = start(root)
+    path = root.parent / ".root.emulsion-items.json"
+    path.write_text(path.read_text().replace('"red"', '"bad"'))
+    assert start(root) == first
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "changed"),
+    [
+        ("global.yaml", b"multiply: 7", 6),
+        ("sub/global.yaml", b"multiply: 7", 5),
+        ("sub/local.yaml", b"multiply: 7", 5),
+        ("sub/multiply.txt", b"7", 5),
+        ("sub/1.yaml", b"multiply: 7", 1),
+    ],
+)
+def test_settings_reach_the_folders_below(root: Path, name: str, content: bytes, changed: int) -> None:
+    start(root)
+    write(root / name, content)
+    assert [item.multiply for item in start(root).items].count(7.0) == changed
+    write(root / name, content.replace(b"7", b"8"), LONG_AGO + 5)
+    found = start(root)
+    assert [item.multiply for item in found.items].count(8.0) == changed
+    assert start(root) == found
+    (root / name).unlink()
+    assert start(root) == find_data(str(root))
+
+
+def test_problems_are_said_at_every_start_and_gone_when_mended(root: Path) -> None:
+    write(root / "sub" / "multiply.txt", b"-1")
+    for _ in range(2):
+        with pytest.raises(ProblemsError, match=r"multiply\.txt"):
+            start(root)
+    write(root / "sub" / "multiply.txt", b"3", LONG_AGO + 1)
+    assert start(root) == find_data(str(root))
+
+
+def test_a_root_that_moved_is_read_again(root: Path, opened: list[str]) -> None:
+    start(root)
+    moved = root.with_name("moved")
+    root.rename(moved)
+    for name in (".root.emulsion.json", ".root.emulsion-items.json"):
+        (root.parent / name).rename(root.parent / name.replace("root", "moved"))
+    assert start(moved) == find_data(str(moved))
 
 
 def test_facts_of_the_wrong_kind_do_not_end_a_start(root: Path) -> None:
     first = start(root)
     path = root.parent / ".root.emulsion.json"
+    (root.parent / ".root.emulsion-items.json").unlink()
     document = json.loads(path.read_text())
     document["files"]["sub"]["1.png"][2:] = ["not", "a", "header", "at all"]
     document["files"]["sub"]["1.txt"][2:] = [1, 2, 3]
@@ -153,13 +207,3 @@ def test_where_it_is_kept(tmp_path: Path) -> None:
     assert inside.is_relative_to(cache_folder())
     assert inside != index_path("cache", tmp_path / "other")
     assert cache_folder({"XDG_CACHE_HOME": "/x"}) == Path("/x/emulsion")
-
-
-def test_lengths_of_captions_are_kept_by_tokenizer(tmp_path: Path) -> None:
-    index = Index(tmp_path / "index.json")
-    index.tokens("one")["abc"] = 80
-    index.learn("", "a", Stamp(1, 2), [1])
-    index.save()
-    again = Index(tmp_path / "index.json")
-    assert again.tokens("one") == {"abc": 80}
-    assert again.tokens("two") == {}

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
 from data.captions import parse_caption
 from data.item import Item
-from data.lengths import cut_captions
+from data.lengths import cut_captions, load_lengths, save_lengths
 
 
 class Words:
@@ -57,3 +58,13 @@ def test_tags_count_and_the_limit_is_the_callers() -> None:
     caption = ", ".join(["main", *(f"tag{number}" for number in range(9))])
     (cut,) = cut_captions([item("a", caption)], Words(), limit=8)
     assert cut.lost == "tag7, tag8"
+
+
+def test_lengths_are_kept_by_tokenizer(tmp_path: Path) -> None:
+    save_lengths(tmp_path, "one", {"abc": 80})
+    assert load_lengths(tmp_path, "one") == {"abc": 80}
+    assert load_lengths(tmp_path, "two") == {}
+    for path in (tmp_path / "lengths").iterdir():
+        path.write_text("[")
+    assert load_lengths(tmp_path, "one") == {}
+    save_lengths(path, "one", {})
