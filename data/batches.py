@@ -1,32 +1,24 @@
-"""From micro-batches to tensors, in worker processes: pixels, captions and every random draw of the training step."""
+"""From a micro-batch to tensors: pixels, captions and every random draw of the training step."""
 
 from __future__ import annotations
 
-import multiprocessing
-import signal
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any, Protocol
 
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset
 
 from data.captions import render
 from data.headers import PictureError
-from data.item import Bucket, Item, MicroBatch, Update, Visit
+from data.item import Bucket, Item, MicroBatch, Visit
 from data.pixels import load_pixels
 from data.substitutes import substitutes
 from utils.config import DataOptions
-from utils.errors import UserError, printable
-from utils.logs import LOGGER
-from utils.seeding import stream, tensor_stream
-from utils.stopping import ignore_in_worker, workers_start
+from utils.errors import printable
+from utils.seeding import stream
 
-# A batch that takes longer is not coming: a disk that is gone, a decoder in a loop.
-PATIENCE_SECONDS = 600.0
-MOST_FAILURES = 3
 BACKGROUNDS = {"white": (255, 255, 255), "black": (0, 0, 0), "grey": (128, 128, 128)}
 
 
@@ -116,6 +108,17 @@ class Batch:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """What a worker answers when a visit has neither a picture nor a substitute: an exception would bury the reason."""
+
+    message: str
+
+    def pin_memory(self) -> Lost:
+        """Itself: there is nothing to pin."""
+        return self
+
+
 class _LostError(Exception):
     """Neither the picture of a visit nor a substitute can be decoded."""
 
@@ -201,122 +204,3 @@ def caption_of(visit: Visit, options: DataOptions, seed: int) -> str:
         return ""
     shuffle = options.shuffle_tags if item.shuffle_tags is None else item.shuffle_tags
     return render(item.caption, rng, shuffle_tags=shuffle, keep_tags=options.keep_tags)
-
-
-class _Queue(Sampler[Request]):
-    """The requests of the coming epoch."""
-
-    def __init__(self) -> None:
-        self.requests: list[Request] = []
-
-    def __iter__(self) -> Iterator[Request]:
-        return iter(self.requests)
-
-    def __len__(self) -> int:
-        return len(self.requests)
-
-
-@dataclass(frozen=True, slots=True)
-class Lost:
-    """What a worker answers when a visit has neither a picture nor a substitute: an exception would bury the reason."""
-
-    message: str
-
-    def pin_memory(self) -> Lost:
-        """Itself: there is nothing to pin."""
-        return self
-
-
-class Batches:
-    """The batches of one epoch after another, from workers that live as long as the run.
-
-    A worker that dies or hangs costs time and changes nothing: new ones start at the first batch that is missing.
-    """
-
-    def __init__(
-        self,
-        options: DataOptions,
-        seed: int,
-        draw: Callable[[Request], Movable],
-        pools: Mapping[Bucket, Sequence[Item]] | None = None,
-        *,
-        pin_memory: bool = False,
-        patience_seconds: float = PATIENCE_SECONDS,
-    ) -> None:
-        self._options, self._seed, self._pin_memory, self._patience = options, seed, pin_memory, patience_seconds
-        self._source = BatchSource(options, seed, draw, pools)
-        self._queue = _Queue()
-        self._loader = self._new_loader()
-
-    def _new_loader(self) -> DataLoader[Batch]:
-        workers, start = self._options.num_workers, self._options.worker_start
-        return DataLoader(
-            self._source,
-            batch_size=None,
-            sampler=self._queue,
-            num_workers=workers,
-            persistent_workers=workers > 0,
-            worker_init_fn=ignore_in_worker if workers else None,
-            multiprocessing_context=None if workers == 0 or start == "auto" else start,
-            pin_memory=self._pin_memory,
-            timeout=self._patience if workers else 0,
-            # Without its own generator, iter(DataLoader) would draw from torch's global one.
-            generator=tensor_stream(self._seed, "workers"),
-        )
-
-    def epoch(self, updates: Sequence[Update], done: int = 0) -> Iterator[Batch]:
-        """A batch for each micro-batch of an epoch's `updates`, in order, without the first `done` updates.
-
-        Raises:
-            UserError: a picture cannot be decoded and nothing can stand in for it.
-            RuntimeError: workers die again and again on the same batch.
-        """
-        waiting = requests(updates, done)
-        failures = 0
-        while waiting:
-            try:
-                for answer in self._start(waiting):
-                    if isinstance(answer, Lost):
-                        raise UserError(answer.message)
-                    waiting = waiting[1:]
-                    failures = 0
-                    yield answer
-            except RuntimeError as error:
-                if self._options.num_workers == 0 or failures == MOST_FAILURES:
-                    raise
-                failures += 1
-                paths = ", ".join(printable(visit.item.path) for visit in waiting[0].visits)
-                LOGGER.warning("workers are started anew (%s); they were due to bring %s", _first_line(error), paths)
-                self.close()
-                self._loader = self._new_loader()
-
-    def _start(self, waiting: list[Request]) -> Iterator[Batch | Lost]:
-        self._queue.requests = waiting
-        handler = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
-        with workers_start():
-            iterator = iter(self._loader)
-        if handler is not None and threading.current_thread() is threading.main_thread():
-            # torch's handler raises in the middle of whatever runs when a worker dies, an optimizer's step perhaps.
-            # Without it the loss is noticed where the batch is waited for.
-            signal.signal(signal.SIGCHLD, handler)
-        return iterator
-
-    def close(self) -> None:
-        """End the workers without waiting for what they are doing."""
-        for child in multiprocessing.active_children():
-            child.kill()
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0]
-
-
-def requests(updates: Sequence[Update], done: int = 0) -> list[Request]:
-    """What to ask the workers for, a request a micro-batch, once `done` updates of the epoch are trained."""
-    asked = []
-    for number, update in enumerate(updates[done:], start=done):
-        first = 0
-        for micro_batch in update.micro_batches:
-            asked.append(Request(micro_batch, number, first, update.images))
-            first += len(micro_batch.visits)
-    return asked

@@ -28,6 +28,7 @@ BASE: dict[str, Any] = {
     "sample_steps": 1000,
     "no_save_ckpt": True,
     "project_name": "job",
+    "data_index": "off",
     "device": "cpu",
 }
 

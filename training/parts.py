@@ -7,11 +7,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data.batches import Batches
 from data.dataset import TrainingSet
 from data.probes import Probe, Validation
 from data.substitutes import pools
 from data.validation_file import ValidationFile
+from data.workers import Batches
 from optimizer.build import Memory, Part, build_part
 from optimizer.ema import Ema, ema_decay, ema_is_on
 from optimizer.in_backward import UpdaterInBackward

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from data.batches import Batches
 from data.dataset import TrainingSet
 from data.item import Bucket, Visit
 from data.probes import Validation
 from data.substitutes import Failures
+from data.workers import Batches
 from optimizer.build import Part
 from optimizer.ema import Ema
 from optimizer.objective import Networks, Objective

@@ -1,0 +1,130 @@
+"""The worker processes that make batches, one epoch after another, and what happens when one of them dies."""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from torch.utils.data import DataLoader, Sampler
+
+from data.batches import Batch, BatchSource, Lost, Movable, Request
+from data.item import Bucket, Item, Update
+from utils.config import DataOptions
+from utils.errors import UserError, printable
+from utils.logs import LOGGER
+from utils.seeding import tensor_stream
+from utils.stopping import ignore_in_worker, workers_start
+
+# A batch that takes longer is not coming: a disk that is gone, a decoder in a loop.
+PATIENCE_SECONDS = 600.0
+MOST_FAILURES = 3
+
+
+class _Queue(Sampler[Request]):
+    """The requests of the coming epoch."""
+
+    def __init__(self) -> None:
+        self.requests: list[Request] = []
+
+    def __iter__(self) -> Iterator[Request]:
+        return iter(self.requests)
+
+    def __len__(self) -> int:
+        return len(self.requests)
+
+
+class Batches:
+    """The batches of one epoch after another, from workers that live as long as the run.
+
+    A worker that dies or hangs costs time and changes nothing: new ones start at the first batch that is missing.
+    """
+
+    def __init__(
+        self,
+        options: DataOptions,
+        seed: int,
+        draw: Callable[[Request], Movable],
+        pools: Mapping[Bucket, Sequence[Item]] | None = None,
+        *,
+        pin_memory: bool = False,
+        patience_seconds: float = PATIENCE_SECONDS,
+    ) -> None:
+        self._options, self._seed, self._pin_memory, self._patience = options, seed, pin_memory, patience_seconds
+        self._source = BatchSource(options, seed, draw, pools)
+        self._queue = _Queue()
+        self._loader = self._new_loader()
+
+    def _new_loader(self) -> DataLoader[Batch]:
+        workers, start = self._options.num_workers, self._options.worker_start
+        return DataLoader(
+            self._source,
+            batch_size=None,
+            sampler=self._queue,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            worker_init_fn=ignore_in_worker if workers else None,
+            multiprocessing_context=None if workers == 0 or start == "auto" else start,
+            pin_memory=self._pin_memory,
+            timeout=self._patience if workers else 0,
+            # Without its own generator, iter(DataLoader) would draw from torch's global one.
+            generator=tensor_stream(self._seed, "workers"),
+        )
+
+    def epoch(self, updates: Sequence[Update], done: int = 0) -> Iterator[Batch]:
+        """A batch for each micro-batch of an epoch's `updates`, in order, without the first `done` updates.
+
+        Raises:
+            UserError: a picture cannot be decoded and nothing can stand in for it.
+            RuntimeError: workers die again and again on the same batch.
+        """
+        waiting = requests(updates, done)
+        failures = 0
+        while waiting:
+            try:
+                for answer in self._start(waiting):
+                    if isinstance(answer, Lost):
+                        raise UserError(answer.message)
+                    waiting = waiting[1:]
+                    failures = 0
+                    yield answer
+            except RuntimeError as error:
+                if self._options.num_workers == 0 or failures == MOST_FAILURES:
+                    raise
+                failures += 1
+                paths = ", ".join(printable(visit.item.path) for visit in waiting[0].visits)
+                LOGGER.warning("workers are started anew (%s); they were due to bring %s", _first_line(error), paths)
+                self.close()
+                self._loader = self._new_loader()
+
+    def _start(self, waiting: list[Request]) -> Iterator[Batch | Lost]:
+        self._queue.requests = waiting
+        handler = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
+        with workers_start():
+            iterator = iter(self._loader)
+        if handler is not None and threading.current_thread() is threading.main_thread():
+            # torch's handler raises in the middle of whatever runs when a worker dies, an optimizer's step perhaps.
+            # Without it the loss is noticed where the batch is waited for.
+            signal.signal(signal.SIGCHLD, handler)
+        return iterator
+
+    def close(self) -> None:
+        """End the workers without waiting for what they are doing."""
+        for child in multiprocessing.active_children():
+            child.kill()
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0]
+
+
+def requests(updates: Sequence[Update], done: int = 0) -> list[Request]:
+    """What to ask the workers for, a request a micro-batch, once `done` updates of the epoch are trained."""
+    asked = []
+    for number, update in enumerate(updates[done:], start=done):
+        first = 0
+        for micro_batch in update.micro_batches:
+            asked.append(Request(micro_batch, number, first, update.images))
+            first += len(micro_batch.visits)
+    return asked
