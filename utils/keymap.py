@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
+from utils.errors import UserError, printable
 from utils.model_files import COMPONENTS, ModelFiles
 
 TEXT_PREFIX = "text_model."
@@ -85,7 +86,10 @@ def disk_name(part: str, name: str) -> str:
 
 
 def key_map(files: ModelFiles, names: Mapping[str, Iterable[str]]) -> list[Entry]:
-    """Every tensor of the single file, given the disk names of the three parts; each name is used exactly once."""
+    """Every tensor of the single file, given the disk names of the three parts; each name is used exactly once.
+
+    Raises `UserError` for a name that the single file has no place for.
+    """
     translate: dict[str, Callable[[str], str]] = {"unet": _unet_names(files), "vae": _vae_names(files)}
     entries = []
     for part in COMPONENTS:
@@ -100,8 +104,8 @@ def key_map(files: ModelFiles, names: Mapping[str, Iterable[str]]) -> list[Entry
 
 
 def _unet_names(files: ModelFiles) -> Callable[[str], str]:
-    layers = int(files.unet.get("layers_per_block", 2))
-    ups = list(files.unet["up_block_types"])
+    layers: int = files.unet["layers_per_block"]
+    ups = files.unet["up_block_types"]
 
     def module(name: str) -> str:
         for ours, theirs in UNET_ENDS.items():
@@ -110,7 +114,8 @@ def _unet_names(files: ModelFiles) -> Callable[[str], str]:
         found = re.fullmatch(
             r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)", name
         )
-        assert found is not None, name
+        if found is None:
+            raise UserError(f"the UNet has {printable(name)}, which no Stable Diffusion 1.x or 2.x has")
         side, block, kind, layer, rest = found[1], int(found[2]), found[3], int(found[4]), found[5]
         if kind == "downsamplers":
             return f"input_blocks.{(block + 1) * (layers + 1)}.0.op.{rest.removeprefix('conv.')}"
@@ -151,7 +156,7 @@ def _leaf(name: str, table: Mapping[str, str]) -> str:
     for ours, theirs in table.items():
         if stem.endswith(f".{ours}"):
             return f"{stem.removesuffix(ours)}{theirs}.{ending}"
-    raise AssertionError(name)
+    raise UserError(f"the model has {printable(name)}, which no Stable Diffusion 1.x or 2.x has")
 
 
 def _text_entries(kind: str, names: Iterable[str]) -> list[Entry]:
@@ -164,7 +169,8 @@ def _text_entries(kind: str, names: Iterable[str]) -> list[Entry]:
             entries.append(Entry(SD2_TEXT_HOME + SD2_TEXT_ENDS[inner], "text_encoder", (name,)))
             continue
         found = re.fullmatch(r"encoder\.layers\.(\d+)\.(.+)\.(weight|bias)", inner)
-        assert found is not None, name
+        if found is None:
+            raise UserError(f"the text encoder has {printable(name)}, which no Stable Diffusion 2.x has")
         block, module, ending = f"{SD2_TEXT_HOME}transformer.resblocks.{found[1]}.", found[2], found[3]
         if module in SD2_TEXT_LAYER:
             entries.append(Entry(f"{block}{SD2_TEXT_LAYER[module]}.{ending}", "text_encoder", (name,)))

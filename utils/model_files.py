@@ -140,6 +140,7 @@ def check_model_files(files: ModelFiles, source: str) -> None:
         if found != expected:
             raise UserError(f"{name}: its {part} is a {printable(found)}; only {expected} can be trained")
     _check_unet(files.unet, name)
+    _check_structure(files, name)
     for part in COMPONENTS:
         _check_sizes(files.config(part), f"{name}: {part}/config.json")
     width, context = files.text_encoder.get("hidden_size"), files.unet.get("cross_attention_dim")
@@ -188,6 +189,19 @@ def _check_unet(unet: Config, name: str) -> None:
         raise UserError(f"{name}: a UNet with {printable(channels)} input channels is not for text-to-image training")
     if unet.get("addition_embed_type") is not None:
         raise UserError(f"{name} is an SDXL model; only Stable Diffusion 1.x and 2.x can be trained so far")
+
+
+def _check_structure(files: ModelFiles, name: str) -> None:
+    """The keys that the names of the single file follow from."""
+    wanted: dict[str, dict[str, type]] = {
+        "unet": {"layers_per_block": int, "up_block_types": list, "down_block_types": list, "block_out_channels": list},
+        "vae": {"block_out_channels": list},
+    }
+    for part, keys in wanted.items():
+        for key, kind in keys.items():
+            if not isinstance(files.config(part).get(key), kind):
+                found = printable(files.config(part).get(key))
+                raise UserError(f"{name}: {part}/config.json: {key} = {found} should be a {kind.__name__}")
 
 
 def _check_sizes(config: Config, name: str) -> None:

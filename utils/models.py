@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils.errors import UserError, printable
-from utils.keymap import disk_name
+from utils.keymap import disk_name, key_map
 from utils.model_files import ModelFiles, mark_scheduler
 from utils.source import Parts, Wanted, read_source
 from utils.weights import require_finite
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer
 
 SCHEDULERS = {"ddpm": "DDPMScheduler", "ddim": "DDIMScheduler", "pndm": "PNDMScheduler"}
+# What text encoders of some origins bring along and Stable Diffusion does not use.
+LEFTOVERS = ("position_ids", "text_projection.weight", "logit_scale")
 Networks = dict[str, Any]  # "unet", "text_encoder", "vae"
 
 
@@ -97,7 +99,9 @@ def load_models(source: str | Path, wanted: Wanted | None = None) -> Models:
     """
     found = read_source(source, wanted)
     networks = empty_networks(found.files)
-    weights = found.parts(disk_names(networks))
+    names = disk_names(networks)
+    key_map(found.files, names)  # a network that could not be exported is refused now, not at the first checkpoint
+    weights = found.parts(names)
     return _assembled(found.files, networks, weights, found.name, found.told)
 
 
@@ -163,7 +167,7 @@ def fitted(part: str, network: nn.Module, tensors: Mapping[str, Tensor], source:
     name = f"{source}: {part}"
     state = network.state_dict()
     spelt = {disk_name(part, key): key for key in state}
-    given = {disk_name(part, key): tensor for key, tensor in tensors.items() if not key.endswith("position_ids")}
+    given = {disk_name(part, key): tensor for key, tensor in tensors.items() if not key.endswith(LEFTOVERS)}
     strays = {"missing": sorted(set(spelt) - set(given)), "unexpected": sorted(set(given) - set(spelt))}
     listed = [
         f"{len(keys)} {word} ({', '.join(map(printable, keys[:3]))}{', ...' if len(keys) > 3 else ''})"
@@ -183,8 +187,8 @@ def _fitting(key: str, tensor: Tensor, expected: Tensor, name: str) -> Tensor:
             f"{printable(name)}: {key} has shape {tuple(tensor.shape)} where {tuple(expected.shape)} is expected; "
             f"configuration and weights come from different models"
         )
-    if not tensor.is_floating_point():
-        raise UserError(f"{printable(name)}: {key} holds {tensor.dtype}, which are no weights")
+    if not tensor.is_floating_point() or tensor.element_size() < 2:
+        raise UserError(f"{printable(name)}: {key} holds {tensor.dtype}; take the model in fp16, bf16 or fp32")
     require_finite(key, tensor, name)
     return tensor
 
