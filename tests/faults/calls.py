@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.faults import jobs
+from tests.faults import save_jobs as jobs
 from utils.checkpoint import list_checkpoints, load_training_state, prove
 from utils.run_dir import RunDir, create_run_dir
 from utils.saving import Retention

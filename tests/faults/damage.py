@@ -6,7 +6,7 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.faults import jobs
+from tests.faults import save_jobs as jobs
 from utils.checkpoint import prove
 from utils.errors import UserError
 from utils.findlast import find_last

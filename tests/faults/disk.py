@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from tests.faults import jobs
+from tests.faults import save_jobs as jobs
 from tests.faults.calls import intact, prepare
 from utils import saving
 from utils.run_dir import RunDir

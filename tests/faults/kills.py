@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.faults import jobs
+from tests.faults import save_jobs as jobs
 from utils.checkpoint import load_training_state, prove
 from utils.errors import UserError
 from utils.findlast import find_last
@@ -47,7 +47,7 @@ class KillFigures:
     left_behind: int = 0
 
 
-def kill_during_saves(root: Path, count: int, seed: int, *, longest_seconds: float = 0.3) -> KillFigures:
+def kill_during_saves(root: Path, count: int, seed: int, *, longest_seconds: float = 0.6) -> KillFigures:
     """Kill a process that does nothing but save, `count` times, and go on each time from what it left."""
     run = open_run_dir(_folder(root / f"{jobs.PROJECT}-run"))
     chance, figures = random.Random(seed), KillFigures()
@@ -69,7 +69,7 @@ def kill_during_saves(root: Path, count: int, seed: int, *, longest_seconds: flo
 
 
 def kill_during_naive_saves(
-    root: Path, count: int, seed: int, saver: Callable[[Path, int, Connection], None], *, longest_seconds: float = 0.3
+    root: Path, count: int, seed: int, saver: Callable[[Path, int, Connection], None], *, longest_seconds: float = 0.6
 ) -> KillFigures:
     """The same kills for a saver that writes in place."""
     chance, figures = random.Random(seed), KillFigures()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.faults import jobs
+from tests.faults import save_jobs as jobs
 from tests.faults.calls import Watch, prepare, watching
 from utils.manifest import MANIFEST
 from utils.saving import Retention

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.faults import jobs
+from tests.faults import save_jobs as jobs
 from utils.checkpoint import (
     STATE,
     Progress,

@@ -1,0 +1,129 @@
+"""The long form of the fault tests: `python -m tests.faults [--scale 1.0] [name ...]` prints the rows of the table."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import logging
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent.parent
+# tests/jobs.py imports its neighbours as pytest would.
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from tests.faults import disk, kills, order, runs  # noqa: E402
+from tests.faults.calls import fail_every_call  # noqa: E402
+from tests.faults.damage import damage  # noqa: E402
+
+Test = Callable[[Path, int], Any]
+KILLED = "kill -9 of jobs"
+
+
+def saves() -> dict[str, tuple[int, Test]]:
+    """The faults of saves alone: how often each, and what runs it."""
+    return {
+        "kill -9 during saves": (200, lambda d, n: kills.kill_during_saves(d, n, 1)),
+        "kill -9 during torch.save in place": (
+            200,
+            lambda d, n: kills.kill_during_naive_saves(d, n, 1, kills.save_naively_with_torch),
+        ),
+        "kill -9 during a folder in place": (
+            200,
+            lambda d, n: kills.kill_during_naive_saves(d, n, 1, kills.save_naively_as_folder),
+        ),
+        "disk full, RLIMIT_FSIZE": (20, disk.limited_files),
+        "disk full, file system": (20, _small_file_system),
+        "every call of a save fails once": (1, _every_call),
+        "bit flips": (1000, lambda d, n: damage(d, n, 1, search_every=20)),
+        "truncations": (50, lambda d, n: damage(d, n, 1, cut=True, search_every=5)),
+        "order on the disk": (
+            1,
+            lambda d, n: order.violations(*order.watched_save(d)) or "sync, manifest, rename, sync",
+        ),
+    }
+
+
+def _small_file_system(folder: Path, count: int) -> Any:
+    with disk.small_file_system(folder / "mount") as mount:
+        return "no right to mount a file system here" if mount is None else disk.full_file_system(mount, count)
+
+
+def _every_call(folder: Path, _count: int) -> Any:
+    number = itertools.count()
+    return fail_every_call(lambda: folder / str(next(number)))
+
+
+def whole_runs(jobs: runs.Jobs, expected: Any, seconds: float) -> dict[str, tuple[int, Test]]:
+    """The faults of whole jobs."""
+
+    def killed(folder: Path, count: int) -> Any:
+        return runs.kill_until_done(jobs, folder, expected, count, 1, seconds)
+
+    def stopped(how: str, folder: Path, count: int) -> Any:
+        return runs.stop_until_done(jobs, folder, expected, count, 1, seconds, how)
+
+    def placed(place: str, number: signal.Signals, folder: Path, count: int) -> Any:
+        return runs.stop_at_place(jobs, folder, expected, count, place, number, True)
+
+    tests: dict[str, tuple[int, Test]] = {KILLED: (200, killed)}
+    tests |= {how: (50, partial(stopped, how)) for how in runs.GENTLE}
+    for place in runs.PLACES:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            tests[f"{number.name} {place}"] = (5, partial(placed, place, number))
+    return tests
+
+
+def main() -> None:
+    """Run the named tests, or all of them, `scale` times as often as the table in docs/reliability.md says."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", help="parts of names; nothing: all")
+    parser.add_argument("--scale", type=float, default=1.0)
+    parser.add_argument("--seconds", type=float, default=8.0, help="kills and signals come within this time of a start")
+    parser.add_argument("--only", choices=["saves", "runs"], help="half of the tests")
+    given = parser.parse_args()
+    logging.disable(logging.CRITICAL)
+    import torch
+
+    torch.set_num_threads(1)
+
+    def run(tests: dict[str, tuple[int, Test]]) -> None:
+        for name, (count, test) in tests.items():
+            if not given.names or any(part in name for part in given.names):
+                with tempfile.TemporaryDirectory(prefix="faults-", ignore_cleanup_errors=True) as folder:
+                    started = time.monotonic()
+                    figures = _shown(test(Path(folder), max(1, round(count * given.scale))))
+                    print(f"{name}: {figures} ({time.monotonic() - started:.0f} s)", flush=True)
+
+    if given.only != "runs":
+        run(saves())
+    if given.only == "saves":
+        return
+    with tempfile.TemporaryDirectory(prefix="faults-", ignore_cleanup_errors=True) as name:
+        run_jobs(Path(name), run, given.seconds)
+
+
+def run_jobs(folder: Path, run: Callable[[dict[str, tuple[int, Test]]], None], seconds: float) -> None:
+    """Hand `run` the faults of whole jobs, with the jobs and what one that is left alone arrives at."""
+    from tests.jobs import make_world
+
+    with runs.jobs(folder, make_world(folder / "world")) as jobs:
+        assert jobs.run(folder / "whole").code == 0, jobs.output
+        run(whole_runs(jobs, runs.final_state(folder / "whole"), seconds))
+
+
+def _shown(figures: Any) -> str:
+    if not dataclasses.is_dataclass(figures) or isinstance(figures, type):
+        return str(figures)
+    return ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(figures).items())
+
+
+if __name__ == "__main__":
+    main()
