@@ -17,6 +17,7 @@ MOST = 16
 CELL = 192
 TEXT_SIZE = 12
 TEXT_LINES = 3
+MOST_LETTERS = 200
 GAP = 6
 
 
@@ -42,7 +43,7 @@ def contact_sheet(pictures: Sequence[Tensor], captions: Sequence[str]) -> Image.
 def _wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
     """`text` in lines that fit a cell; what does not fit into the last one is cut."""
     lines = [""]
-    for word in text.split():
+    for word in text[:MOST_LETTERS].split():
         longer = f"{lines[-1]} {word}".strip()
         if font.getlength(longer) <= CELL or not lines[-1]:
             lines[-1] = longer
@@ -50,5 +51,5 @@ def _wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> s
             lines.append(word)
     while any(font.getlength(line) > CELL for line in lines):
         lines = [line if font.getlength(line) <= CELL else line[:-1] for line in lines]
-    cut = len(lines) > TEXT_LINES
+    cut = len(lines) > TEXT_LINES or len(text) > MOST_LETTERS
     return "\n".join(lines[:TEXT_LINES]) + (" ..." if cut else "")
