@@ -6,7 +6,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -30,6 +30,13 @@ from utils.weights import read_safetensors
 
 pytestmark = pytest.mark.slow
 GIB = 1 << 30
+
+
+@pytest.fixture
+def room(tmp_path: Path) -> Iterator[Path]:
+    """A folder for 20 GB, which are not kept as pytest keeps its own."""
+    yield tmp_path
+    shutil.rmtree(tmp_path)
 
 
 def random_tensor(part: str, name: str, shape: tuple[int, ...]) -> torch.Tensor:
@@ -63,11 +70,11 @@ def same_tensors(one: Path, other: Path) -> bool:
 
 
 @pytest.mark.parametrize("kind", ["sd1", "sd2"])
-def test_full_size_round_trips_are_exact(kind: str, tmp_path: Path) -> None:
+def test_full_size_round_trips_are_exact(kind: str, room: Path) -> None:
     from diffusers import StableDiffusionPipeline
 
-    folder = full_size_folder(tmp_path / "folder", kind)
-    single = tmp_path / "single.safetensors"
+    folder = full_size_folder(room / "folder", kind)
+    single = room / "single.safetensors"
     convert(str(folder), single, fp32=True)
     assert len(read_safetensors(single)) == (1130 if kind == "sd1" else 1215)  # SD 2: with the marker v_pred
 
@@ -79,14 +86,14 @@ def test_full_size_round_trips_are_exact(kind: str, tmp_path: Path) -> None:
             assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
     assert_diffusers_reads(StableDiffusionPipeline.from_single_file(single, config=str(folder), local_files_only=True))
-    convert(str(single), tmp_path / "back", wanted=Wanted(model_config=str(folder)), fp32=True)
+    convert(str(single), room / "back", wanted=Wanted(model_config=str(folder)), fp32=True)
     for part, name in export.FILE_NAMES.items():
-        assert same_tensors(folder / part / name, tmp_path / "back" / part / name)
-    assert_diffusers_reads(StableDiffusionPipeline.from_pretrained(tmp_path / "back"))
-    convert(str(tmp_path / "back"), tmp_path / "again.safetensors", fp32=True)
-    assert same_tensors(single, tmp_path / "again.safetensors")
+        assert same_tensors(folder / part / name, room / "back" / part / name)
+    assert_diffusers_reads(StableDiffusionPipeline.from_pretrained(room / "back"))
+    convert(str(room / "back"), room / "again.safetensors", fp32=True)
+    assert same_tensors(single, room / "again.safetensors")
     # Without a folder to describe it, the file is recognised by its own shape.
-    shutil.copytree(folder / "tokenizer", tmp_path / "tokenizer")
+    shutil.copytree(folder / "tokenizer", room / "tokenizer")
     models = load_models(single)
     assert (models.kind, models.prediction_type) == (kind, "epsilon" if kind == "sd1" else "v_prediction")
 
@@ -119,13 +126,13 @@ def peak_during(work: Callable[[], object]) -> tuple[float, int]:
     return seconds, max(0, peak - before)
 
 
-def test_a_save_of_a_full_size_model_is_quick_and_lean(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    models = load_models(full_size_folder(tmp_path / "folder", "sd1"))
-    shutil.rmtree(tmp_path / "folder")
+def test_a_save_of_a_full_size_model_is_quick_and_lean(room: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    models = load_models(full_size_folder(room / "folder", "sd1"))
+    shutil.rmtree(room / "folder")
     weights, files = tensors_of(models), describe(models)
     flat = {f"{part}.{name}": tensor for part, tensors in weights.items() for name, tensor in tensors.items()}
     model_bytes = sum(tensor.numel() * 4 for tensor in flat.values())
-    path, theirs = tmp_path / "ours.safetensors", tmp_path / "theirs.safetensors"
+    path, theirs = room / "ours.safetensors", room / "theirs.safetensors"
     lines, ratios = [], []
     for dtype in (torch.float16, torch.float32):
         ours_seconds, cast_seconds, theirs_seconds = [], [], []
