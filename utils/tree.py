@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -151,14 +152,23 @@ def _read_tensor(node: dict[str, Any], tensors: Any) -> torch.Tensor:
 
 def snapshot(tree: Tree) -> Tree:
     """A copy of `tree` with tensors on the CPU in memory of their own, so that a thread may write it at leisure."""
+    return _with_tensors(tree, lambda tensor: tensor.to("cpu", copy=True))
+
+
+def on_cpu(tree: Tree) -> Tree:
+    """`tree` with its tensors on the CPU; those that are there already are not copied."""
+    return _with_tensors(tree, lambda tensor: tensor.to("cpu"))
+
+
+def _with_tensors(tree: Tree, change: Callable[[torch.Tensor], torch.Tensor]) -> Tree:
     if isinstance(tree, torch.Tensor):
-        return tree.detach().to("cpu", copy=True)
+        return change(tree.detach())
     if isinstance(tree, dict):
-        return {key: snapshot(value) for key, value in tree.items()}
+        return {key: _with_tensors(value, change) for key, value in tree.items()}
     if isinstance(tree, list):
-        return [snapshot(item) for item in tree]
+        return [_with_tensors(item, change) for item in tree]
     if isinstance(tree, tuple):
-        return tuple(snapshot(item) for item in tree)
+        return tuple(_with_tensors(item, change) for item in tree)
     return tree
 
 

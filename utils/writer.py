@@ -18,7 +18,7 @@ from utils.checkpoint import Record
 from utils.errors import printable
 from utils.files import sweep_leftovers
 from utils.saving import Retention, save_checkpoint
-from utils.tree import Tree, snapshot, tree_bytes
+from utils.tree import Tree, on_cpu, snapshot, tree_bytes
 
 SPARE_MEMORY_BYTES = 2**30
 
@@ -30,8 +30,8 @@ class Save:
     """One checkpoint to be written from a state.
 
     Args:
-        exports: writes the Diffusers folder from the state it is given. That may be a copy, written while the training
-            goes on, so it must not look at live weights.
+        exports: writes the Diffusers folder from the state it is given, whose tensors lie on the CPU. That may be a
+            copy, written while the training goes on, so it must not look at live weights.
         check: reads the folder back and raises when it differs from the state.
         also: writes other files (the single file) once the checkpoint is safe.
         keep_state: put the state itself into the checkpoint, for an exact resume.
@@ -93,7 +93,7 @@ class CheckpointWriter:
         self._join()
         if tree_bytes(state) + SPARE_MEMORY_BYTES > _available_bytes():
             logger.warning("memory does not hold a copy of the training state: training waits for the whole save")
-            self._results += self._write(state, saves, started, None)
+            self._results += self._write(on_cpu(state), saves, started, None)
             return
         copy = snapshot(state)
         waited = time.perf_counter() - started
@@ -104,7 +104,7 @@ class CheckpointWriter:
         """Write the checkpoints from `state` itself and return when they are proven, or have failed."""
         started = time.perf_counter()
         self._join()
-        return self._write(state, saves, started, None)
+        return self._write(on_cpu(state), saves, started, None)
 
     def poll(self) -> list[SaveResult]:
         """What became of the background saves that ended since the last call."""

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from utils.manifest import DamagedError
-from utils.tree import load_tree, same_tree, save_tree, snapshot, tree_bytes
+from utils.tree import load_tree, on_cpu, same_tree, save_tree, snapshot, tree_bytes
 
 DTYPES = [
     torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.uint8, torch.int8,
@@ -106,6 +106,13 @@ def test_snapshot_is_not_touched_by_training() -> None:
     assert copy["weight"].tolist() == [1, 1, 1]
     assert copy["nested"][0][0].tolist() == [1, 1]
     assert tree_bytes(state) == 20
+
+
+def test_what_lies_on_the_cpu_is_not_copied() -> None:
+    tree: Any = {"a": [torch.ones(2)], "b": (1, "x")}
+    moved = on_cpu(tree)
+    assert same_tree(moved, tree)
+    assert moved["a"][0].data_ptr() == tree["a"][0].data_ptr()
 
 
 def test_optimizer_state_trains_on_as_before(tmp_path: Path) -> None:
