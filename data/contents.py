@@ -22,7 +22,7 @@ from data.settings import (
     read_settings,
 )
 from data.text import BrokenFileError
-from data.walk import IMAGE_SUFFIXES, Folder, split_name
+from data.walk import IMAGE_SUFFIXES, Folder, portable, split_name
 from utils.errors import printable
 
 # Later ones are more specific.
@@ -119,7 +119,7 @@ class _Reader:
                 settings = merge(settings, self._sidecar(sidecar))
         except BrokenFileError as error:
             broken = f"{error.place}: {error.reason}"
-        fallback = caption_from_name(stem) if settings.main_prompt is None else EMPTY
+        fallback = caption_from_name(portable(stem)) if settings.main_prompt is None else EMPTY
         for name in names:
             try:
                 header = self._facts.header(self._folder, name)
@@ -129,7 +129,7 @@ class _Reader:
             if broken is not None:
                 self._unreadable.append(Unreadable(self._folder.at(name), broken))
                 continue
-            id = f"{self._folder.id}/{name}" if self._folder.id else name
+            id = f"{self._folder.id}/{portable(name)}" if self._folder.id else portable(name)
             self._items.append(make_item(id, self._folder.at(name), header.width, header.height, settings, fallback))
 
     def _sidecar(self, name: str) -> Settings:

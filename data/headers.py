@@ -22,6 +22,10 @@ _MAX_SEGMENTS = 2_000
 _BLOCK = 4_096
 _TURNED = (5, 6, 7, 8)
 
+# Pillow remarks on odd files, one by one; what matters of them is in the report. (Once for all: switching warnings off
+# and on around each file is not safe where several threads read.)
+warnings.filterwarnings("ignore", module=r"PIL\b")
+
 
 class PictureError(Exception):
     """A picture that cannot be used; the text says why, as an end of a sentence that names the file."""
@@ -191,15 +195,13 @@ def _orientation(exif: bytes) -> int:
 def _by_pillow(path: str | os.PathLike[str]) -> Header:
     from PIL import Image, UnidentifiedImageError
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            with Image.open(Path(path), formats=FORMATS) as image:
-                # Pillow turns a TIFF itself when it decodes it, and says its size as it will be.
-                turned = 1 if image.format == "TIFF" else image.getexif().get(0x0112, 1)
-                orientation = turned if turned in range(1, 9) else 1
-                return Header(image.width, image.height, orientation)
-        except UnidentifiedImageError as error:
-            raise PictureError("it is no picture of a kind that is read (" + ", ".join(FORMATS) + ")") from error
-        except Exception as error:  # a stranger's file: Pillow raises anything
-            raise PictureError(f"its header is broken: {type(error).__name__}: {error}") from error
+    try:
+        with Image.open(Path(path), formats=FORMATS) as image:
+            # Pillow turns a TIFF itself when it decodes it, and says its size as it will be.
+            turned = 1 if image.format == "TIFF" else image.getexif().get(0x0112, 1)
+            orientation = turned if turned in range(1, 9) else 1
+            return Header(image.width, image.height, orientation)
+    except UnidentifiedImageError as error:
+        raise PictureError("it is no picture of a kind that is read (" + ", ".join(FORMATS) + ")") from error
+    except Exception as error:  # a stranger's file: Pillow raises anything
+        raise PictureError(f"its header is broken: {type(error).__name__}: {error}") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
@@ -10,10 +9,11 @@ from random import Random
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, ImageColor
 
 from data.headers import FORMATS, MAX_PIXELS, Header, PictureError, read_header
 from data.item import Bucket, Item
+from utils.errors import UserError, printable
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +33,20 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+
+
+def colour(text: str) -> Colour:
+    """Red, green and blue of a colour's name or `#rrggbb`.
+
+    Raises:
+        UserError: it is neither.
+    """
+    try:
+        return ImageColor.getrgb(text)[:3]
+    except ValueError as error:
+        raise UserError(
+            f"background = {printable(text)}: give a colour's name or #rrggbb, such as white or #808080"
+        ) from error
 
 
 class Crop(NamedTuple):
@@ -104,16 +118,13 @@ def decode(
         PictureError: the file cannot be decoded, with the reason.
     """
     try:
-        with warnings.catch_warnings(), Image.open(Path(path), formats=FORMATS) as image:
-            warnings.simplefilter("ignore")
+        with Image.open(Path(path), formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise PictureError(f"{image.width} x {image.height} pixels are more than are decoded safely")
             _draft(image, header, crop, bucket)
             image.load()
             pixels, profile = _three_channels(image, background)
     except PictureError:
-        raise
-    except MemoryError:
         raise
     except Exception as error:  # a stranger's file: decoders raise OSError, SyntaxError, ValueError, struct.error, ...
         raise PictureError(f"cannot be decoded: {type(error).__name__}: {error}") from error

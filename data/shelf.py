@@ -15,7 +15,7 @@ from data.contents import Contents
 from data.index import FRESH_NS
 from data.item import Caption, Item, Tag
 from data.settings import Note, Notes, Unreadable
-from data.walk import Folder
+from data.walk import Folder, portable
 from utils.files import atomic_file
 
 # What follows id, path, width, height and caption in an item.
@@ -103,7 +103,7 @@ def _packed(folder: Folder, contents: Contents, digest: str) -> list[Any]:
     items = []
     for item in contents.items:
         tags = [tag.text if tag.weight == 1.0 else [tag.text, tag.weight] for tag in item.caption.tags]
-        name = item.id.rpartition("/")[2]
+        name = item.path.removeprefix(folder.at(""))
         row = [name, item.width, item.height, item.caption.main_prompt, tags]
         settings = [getattr(item, name) for name in _SETTINGS]
         if settings != _DEFAULTS or item.caption.max_length is not None:
@@ -125,6 +125,6 @@ def _unpacked(folder: Folder, row: list[Any]) -> Contents:
             Tag(*text) if type(text) is list else plain.get(text) or plain.setdefault(text, Tag(text)) for text in texts
         )
         caption = Caption(main_prompt, tags, settings[0] if settings else None)
-        items.append(Item(prefix + name, folder.at(name), width, height, caption, *settings[1:]))
+        items.append(Item(prefix + portable(name), folder.at(name), width, height, caption, *settings[1:]))
     notes = Notes(warnings=[Note(*note) for note in warnings])
     return Contents(tuple(items), tuple(Unreadable(*picture) for picture in unreadable), notes)

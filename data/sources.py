@@ -47,6 +47,7 @@ def find_data(data_root: Any, *, index_kind: str = "off", progress: Callable[[in
             some, left_out = read_folder(source.path, notes, index_kind=index_kind, progress=progress)
         items.extend(some)
         unreadable.extend(left_out)
+    _nested_roots([source.path for source in sources(data_root) if not source.is_manifest], notes)
     if notes.problems:
         raise ProblemsError(notes.problems)
     if not items:
@@ -67,6 +68,17 @@ def sources(data_root: Any) -> tuple[Source, ...]:
     if problems:
         raise ProblemsError(problems)
     return found
+
+
+def _nested_roots(roots: list[str], notes: Notes) -> None:
+    """Warn about roots whose pictures another root holds as well: they are trained as often as they are named."""
+    whole = [Path(root).resolve() for root in roots]
+    for place, inner in enumerate(whole):
+        for other, outer in enumerate(whole):
+            if other != place and inner.is_relative_to(outer) and (inner != outer or other < place):
+                notes.warn(
+                    roots[place], f"lies in the data root {printable(roots[other])}, too; its pictures count twice"
+                )
 
 
 def _sources(form: Any, problems: list[Problem], depth: int) -> list[Source]:

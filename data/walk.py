@@ -49,6 +49,13 @@ def split_name(name: str) -> tuple[str, str]:
     return (stem, dot + suffix.lower()) if dot else (name, "")
 
 
+def portable(name: str) -> str:
+    """A file's name as a system that speaks UTF-8 shows it: ids and captions are the same under every locale."""
+    if name.isascii():
+        return name
+    return os.fsencode(name).decode("utf-8", "surrogateescape")
+
+
 def walk(root: str, notes: Notes, *, stamped: bool = False) -> Iterator[Folder]:
     """Every folder at and below `root`, parents before children; `stamped`: with sizes and times of the files.
 
@@ -92,7 +99,7 @@ def _list(
                     status = entry.stat()
                     stamps[name] = Stamp(status.st_size, status.st_mtime_ns)
             elif entry.is_dir():
-                child = (f"{path}{os.sep}{name}", f"{id}/{name}" if id else name, id)
+                child = (f"{path}{os.sep}{name}", f"{id}/{portable(name)}" if id else portable(name), id)
                 (linked if entry.is_symlink() else inner).append(child)
             else:
                 others.append(name)

@@ -74,6 +74,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     make_photo_folder(first)
     for number, path in enumerate(sorted(first.glob("*.png"))):
         path.with_suffix(".yaml").write_text(f"multiply: {number / 3}\nrating: {number + 1}\ntags: [été, straße]\n")
+    shutil.copyfile(first / "cat_160x160.webp", first / "große_katze.webp")
     second = tmp_path_factory.mktemp("second") / "deeper" / "copy"
     second.mkdir(parents=True)
     for path in sorted(first.iterdir(), reverse=True):
@@ -85,9 +86,12 @@ def test_same_schedule_anywhere(folders: tuple[Path, Path]) -> None:
     outputs = set()
     for folder, hash_seed, locale in ((folders[0], "0", "C"), (folders[1], "1", "C.utf8"), (folders[1], "77", "POSIX")):
         environment = {**os.environ, "PYTHONHASHSEED": hash_seed, "LC_ALL": locale, "PYTHONUTF8": "0"}
+        environment["PYTHONCOERCECLOCALE"] = "0"
         done = subprocess.run(
             [sys.executable, "-c", PROGRAM, str(folder)], env=environment, capture_output=True, timeout=60, check=True
         )
         outputs.add(done.stdout)
     assert len(outputs) == 1
-    assert outputs.pop().count(b"update:") > 30
+    output = outputs.pop()
+    assert output.count(b"update:") > 30
+    assert "path:große_katze.webp, caption:große".encode() in output

@@ -72,6 +72,14 @@ def test_several_roots_concatenate(root: Path) -> None:
     assert [item.id for item in found.items] == ["b.png", "c.png", "a.png"]
 
 
+def test_nested_roots_are_warned_about(root: Path) -> None:
+    roots = [str(root / "one"), str(root), str(root / "two"), str(root)]
+    found = find_data(roots)
+    assert len(found.items) == 1 + 4 + 2 + 4
+    assert [note.where for note in found.warnings] == [roots[0], roots[0], roots[2], roots[2], roots[3]]
+    assert "count twice" in found.warnings[0].text
+
+
 def test_nothing_to_train_on(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(b"")
     with pytest.raises(UserError, match=r"(?s)no picture.*1 cannot be read.*a.jpg: the file is empty"):
