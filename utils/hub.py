@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 from utils.errors import TryLaterError, UserError, printable
 from utils.model_files import COMPONENTS, TOKENIZER_FILES
-from utils.weights import VARIANTS, WEIGHT_STEMS, weight_names
+from utils.weight_files import VARIANTS, WEIGHT_STEMS, weight_names
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 TIMEOUT_SECONDS = 20

@@ -11,7 +11,8 @@ from utils.errors import UserError, printable
 from utils.keymap import SD1_TEXT_HOME, SD2_TEXT_HOME, TEXT_PREFIX, UNET_HOME, VAE_HOME, key_map
 from utils.model_files import ModelFiles, check_model_files, mark_scheduler
 from utils.presets import preset
-from utils.weights import read_header, read_weights, require_file
+from utils.weight_files import read_weights
+from utils.weights import read_header, require_file
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from utils.errors import UserError, printable
 from utils.model_files import COMPONENTS, ModelFiles, mark_scheduler, read_model_files, read_tokenizer_files
-from utils.weights import folder_weights, require_file
+from utils.weight_files import folder_weights
+from utils.weights import require_file
 
 if TYPE_CHECKING:
     from torch import Tensor

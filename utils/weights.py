@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import re
 import stat
-from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,12 +14,6 @@ if TYPE_CHECKING:
 
 MAX_HEADER_BYTES = 16 << 20  # a full SD 1.5 needs 0.15 MiB
 MAX_TENSORS = 20_000
-WEIGHT_STEMS = {
-    "unet": ("diffusion_pytorch_model",),
-    "vae": ("diffusion_pytorch_model",),
-    "text_encoder": ("model", "pytorch_model"),
-}
-VARIANTS: list[str | None] = [None, "fp16", "bf16"]
 
 
 def require_file(path: Path, max_bytes: int | None = None) -> int:
@@ -90,74 +82,3 @@ def require_finite(name: str, tensor: Tensor, source: str) -> None:
         f"{printable(source)}: {bad} of {tensor.numel()} numbers in {printable(name)} are NaN or infinite; "
         f"the model is damaged, take an earlier one"
     )
-
-
-def folder_weights(folder: Path, part: str, variant: str | None) -> dict[str, Tensor]:
-    """The tensors of one part of a Diffusers folder, whole or in shards, safetensors before pickles.
-
-    Args:
-        folder: the part's folder, such as `model/unet`.
-        part: "unet", "text_encoder" or "vae".
-        variant: such as "fp16"; `None` takes plain names, and a half-precision variant only when there is nothing else.
-    """
-    stems = WEIGHT_STEMS[part]
-    names = weight_names({path.name for path in folder.iterdir()}, stems, variant)
-    if names is None:
-        wanted = f" of the variant {printable(variant)}" if variant is not None else ""
-        raise UserError(
-            f"{printable(folder)} holds no complete weights{wanted} ({stems[0]}.safetensors or {stems[-1]}.bin)"
-        )
-    if names[0].endswith(".json"):
-        names = _shards(folder / names[0])
-    return _read_all([folder / name for name in names])
-
-
-def weight_names(names: Collection[str], stems: tuple[str, ...], variant: str | None) -> list[str] | None:
-    """Which of the files `names` of a part hold its weights: one file, or an index and its shards; `None` for none."""
-    variants = [variant] if variant is not None else VARIANTS
-    for ending in ("safetensors", "bin"):
-        for chosen in variants:
-            middle = "" if chosen is None else f".{chosen}"
-            for stem in stems:
-                if f"{stem}{middle}.{ending}" in names:
-                    return [f"{stem}{middle}.{ending}"]
-                # Diffusers and Transformers spell the variant of an index and of its shards differently.
-                for index in (f"{stem}.{ending}.index{middle}.json", f"{stem}{middle}.{ending}.index.json"):
-                    pattern = (
-                        rf"{re.escape(stem)}(?:{re.escape(middle)})?-\d+-of-(\d+)(?:{re.escape(middle)})?\.{ending}"
-                    )
-                    shards = {name: int(found[1]) for name in names if (found := re.fullmatch(pattern, name))}
-                    if index in names and shards and len(shards) == max(shards.values()):
-                        return [index, *sorted(shards)]
-    return None
-
-
-def _shards(index: Path) -> list[str]:
-    require_file(index, MAX_HEADER_BYTES)
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise UserError(f"{printable(index)} is no index of weight files; get it again") from None
-    for name in names:
-        if not isinstance(name, str) or name in (".", "..") or re.fullmatch(r"[\w.-]+", name) is None:
-            raise UserError(f"{printable(index)} names {printable(name)!r}, which is not a file beside it")
-    return names
-
-
-def _read_all(paths: list[Path]) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
-    for path in paths:
-        for name, tensor in read_weights(path).items():
-            if name in tensors:
-                raise UserError(f"{printable(path)} holds {printable(name)}, which another shard holds as well")
-            tensors[name] = tensor
-    return tensors
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a `.safetensors` file or of a torch pickle (`.bin`, `.ckpt`, `.pt`), by name."""
-    if path.suffix == ".safetensors":
-        return read_safetensors(path)
-    from utils.pickles import read_pickle
-
-    return read_pickle(path)

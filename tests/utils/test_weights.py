@@ -20,7 +20,8 @@ from safetensors.torch import save
 from utils.errors import UserError
 from utils.pickles import read_pickle
 from utils.seeding import stream
-from utils.weights import folder_weights, read_safetensors, read_weights
+from utils.weight_files import folder_weights, read_weights
+from utils.weights import read_safetensors
 
 TENSORS = {"a.weight": torch.arange(12.0).reshape(3, 4), "b": torch.ones(5, dtype=torch.float16)}
 
