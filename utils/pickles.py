@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -58,7 +59,8 @@ def _read_legacy(path: Path) -> object:
     import torch
 
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # about protocols; what cannot be read is said below
+            return torch.load(path, map_location="cpu", weights_only=True)
     # torch raises whatever the bytes lead it to; the file is a stranger's.
     except Exception as error:  # noqa: BLE001
         reason = printable(str(error).splitlines()[0] if str(error) else type(error).__name__)
