@@ -14,7 +14,7 @@ from data.scan import Facts
 from data.settings import NOTHING, Note, Notes, Settings, Unreadable
 from data.shelf import Shelf
 from data.walk import IMAGE_SUFFIXES, walk
-from utils.errors import ProblemsError, UserError, printable
+from utils.errors import UserError, printable
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,25 +30,6 @@ class Found:
     items: tuple[Item, ...]
     unreadable: tuple[Unreadable, ...]
     warnings: tuple[Note, ...]
-
-
-def find_items(roots: Iterable[str | Path]) -> Found:
-    """The pictures below `roots`, without an index (`data.sources.find_data` takes every form of data_root).
-
-    Raises:
-        UserError: a root is no folder.
-        ProblemsError: settings that cannot be meant, all at once, each with its file.
-    """
-    notes = Notes()
-    items: list[Item] = []
-    unreadable: list[Unreadable] = []
-    for root in roots:
-        some, left_out = read_folder(str(root), notes)
-        items.extend(some)
-        unreadable.extend(left_out)
-    if notes.problems:
-        raise ProblemsError(notes.problems)
-    return Found(unique_ids(items), tuple(unreadable), tuple(notes.warnings))
 
 
 def read_folder(

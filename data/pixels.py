@@ -9,11 +9,10 @@ from random import Random
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageCms, ImageColor
+from PIL import Image, ImageCms
 
 from data.headers import FORMATS, MAX_PIXELS, Header, PictureError, read_header
 from data.item import Bucket, Item
-from utils.errors import UserError, printable
 
 if TYPE_CHECKING:
     import torch
@@ -33,20 +32,6 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-
-
-def colour(text: str) -> Colour:
-    """Red, green and blue of a colour's name or `#rrggbb`.
-
-    Raises:
-        UserError: it is neither.
-    """
-    try:
-        return ImageColor.getrgb(text)[:3]
-    except ValueError as error:
-        raise UserError(
-            f"background = {printable(text)}: give a colour's name or #rrggbb, such as white or #808080"
-        ) from error
 
 
 class Crop(NamedTuple):

@@ -18,7 +18,6 @@ import torch
 from PIL import Image
 
 from data.buckets import compute_buckets, nearest_bucket
-from data.folder import find_items
 from data.headers import read_header
 from data.item import Bucket, Caption, Item
 from data.pixels import load_pixels
@@ -87,11 +86,11 @@ def bench_scan(count: int, *, cold: bool) -> None:
         root = Path(place) / "root"
         root.mkdir()
         make_folder(root, count)
-        paths = [item.path for item in find_items([root]).items]
+        paths = [item.path for item in find_data([root]).items]
         before = (lambda: forget(root)) if cold else None
         pillow = seconds(lambda: open_all(paths), 3, before)
         headers = seconds(lambda: [read_header(path) for path in paths], 3, before)
-        first = seconds(lambda: find_items([root]), 3, before)
+        first = seconds(lambda: find_data([root]), 3, before)
         find_data(str(root), index_kind="beside")
         second = seconds(lambda: find_data(str(root), index_kind="beside"), 3, before)
     state = "cold" if cold else "warm"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from data.checks import check_pictures, find_duplicates
-from data.folder import find_items
 from data.item import Item
+from data.sources import find_data
 from tests.data.corpus import BROKEN, GOOD, jpeg, png
 
 
@@ -14,7 +14,7 @@ def test_check_finds_what_only_decoding_finds(tmp_path: Path) -> None:
     kinds = [kind for kind in (*GOOD, *BROKEN) if kind.name.isascii()]
     for kind in kinds:
         kind.write(tmp_path / kind.name)
-    items = find_items([tmp_path]).items
+    items = find_data([tmp_path]).items
     seen: list[int] = []
     broken = check_pictures(items, workers=2, progress=seen.append)
     assert {Path(picture.path).name for picture in broken} == {kind.name for kind in BROKEN if kind.late}
@@ -40,10 +40,10 @@ def test_duplicates_by_content(tmp_path: Path) -> None:
     }
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
-    items = find_items([tmp_path]).items
+    items = find_data([tmp_path]).items
     assert groups(items) == [["a.png", "c.png", "e.png"], ["b.jpg", "d.jpg"], ["f.png", "h.png"]]
 
 
 def test_one_file_listed_twice_is_no_duplicate(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(png())
-    assert groups(find_items([tmp_path, tmp_path]).items) == []
+    assert groups(find_data([tmp_path, tmp_path]).items) == []

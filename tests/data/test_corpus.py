@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.folder import Found, find_items
+from data.folder import Found
 from data.headers import PictureError
 from data.item import Bucket, Caption, Item
 from data.pixels import load_pixels
+from data.sources import find_data
 from tests.data.corpus import BROKEN, GOOD, HEIGHT, JUNK, WIDTH, Kind
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="file names and pipes of Unix")
@@ -45,7 +46,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def found(folder: Path) -> Found:
-    return find_items([folder])
+    return find_data([folder])
 
 
 def test_there_are_enough_kinds() -> None:

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from data.folder import Found, find_items
+from data.folder import Found
 from data.item import Bucket, Item
 from data.pixels import load_pixels
+from data.sources import find_data
 from tests.data.corpus import jpeg, png
 from utils.errors import ProblemsError, UserError
 
@@ -33,7 +34,7 @@ def test_sorted_by_path_whatever_the_disk_says(tmp_path: Path) -> None:
     names = ["b.png", "a/z.png", "a.png", "a/b/c.png", "Z.png", "a-b.png", "é.png"]
     for number, order in enumerate((names, names[::-1])):
         make(tmp_path / str(number), *order)
-    first, second = (ids(find_items([tmp_path / str(number)])) for number in (0, 1))
+    first, second = (ids(find_data([tmp_path / str(number)])) for number in (0, 1))
     assert first == second == sorted(names)
 
 
@@ -41,7 +42,7 @@ def test_junk_is_passed_over(tmp_path: Path) -> None:
     make(
         tmp_path, "a.png", ".b.png", "._a.png", "__MACOSX/c.png", "@eaDir/d.png", ".git/e.png", "Thumbs.db", "notes.md"
     )
-    found = find_items([tmp_path])
+    found = find_data([tmp_path])
     assert ids(found) == ["a.png"]
     assert not found.unreadable
     assert not found.warnings
@@ -58,19 +59,19 @@ def test_links_are_followed_once_and_loops_end(tmp_path: Path) -> None:
     (root / "away2").symlink_to(elsewhere)
     (elsewhere / "back").symlink_to(root / "real")
     (root / "d.png").symlink_to(elsewhere / "b.png")
-    assert ids(find_items([root])) == ["away/b.png", "away/more/c.png", "d.png", "real/a.png"]
+    assert ids(find_data([root])) == ["away/b.png", "away/more/c.png", "d.png", "real/a.png"]
 
 
 def test_roots_stand_one_after_another_with_unique_ids(tmp_path: Path) -> None:
     make(tmp_path, "one/a.png", "one/b.png", "two/a.png")
-    found = find_items([tmp_path / "two", tmp_path / "one", tmp_path / "two"])
+    found = find_data([tmp_path / "two", tmp_path / "one", tmp_path / "two"])
     assert ids(found) == ["a.png", "a.png#2", "b.png", "a.png#3"]
     assert [Path(item.path).parent.name for item in found.items] == ["two", "one", "one", "two"]
 
 
 def test_missing_root_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"there is no folder .*nowhere.*starter"):
-        find_items([tmp_path / "nowhere"])
+        find_data([tmp_path / "nowhere"])
 
 
 @pytest.mark.parametrize(
@@ -101,7 +102,7 @@ def test_values_that_cannot_be_meant_are_refused(tmp_path: Path, name: str, cont
     make(tmp_path, "x.png")
     (tmp_path / name).write_text(content, encoding="utf-8")
     with pytest.raises(ProblemsError) as error:
-        find_items([tmp_path])
+        find_data([tmp_path])
     assert len(error.value.problems) == 1
     for word in words:
         assert word in str(error.value)
@@ -112,7 +113,7 @@ def test_all_problems_come_at_once(tmp_path: Path) -> None:
     (tmp_path / "a" / "multiply.txt").write_text("-1", encoding="utf-8")
     (tmp_path / "b" / "y.yaml").write_text("flip_p: 7\nrating: x", encoding="utf-8")
     with pytest.raises(ProblemsError) as error:
-        find_items([tmp_path])
+        find_data([tmp_path])
     assert len(error.value.problems) == 3
 
 
@@ -133,7 +134,7 @@ def test_a_picture_whose_caption_cannot_be_understood_is_left_out(
 ) -> None:
     make(tmp_path, "x.png", "y.png")
     (tmp_path / name).write_bytes(content)
-    found = find_items([tmp_path])
+    found = find_data([tmp_path])
     assert ids(found) == ["y.png"]
     assert reason in str(found.unreadable[0])
     assert len(found.unreadable) == 1
@@ -151,7 +152,7 @@ def test_a_picture_whose_caption_cannot_be_understood_is_left_out(
 def test_warnings_name_the_file(tmp_path: Path, name: str, content: bytes, words: str) -> None:
     make(tmp_path, "x.png")
     (tmp_path / name).write_bytes(content)
-    (note,) = find_items([tmp_path]).warnings
+    (note,) = find_data([tmp_path]).warnings
     assert note.where == str(tmp_path / name)
     assert words in note.text
 
@@ -174,7 +175,7 @@ def test_captions_are_data_and_nothing_outside_is_opened(tmp_path: Path) -> None
             opened.append(os.fsdecode(arguments[0]) if isinstance(arguments[0], str | bytes | os.PathLike) else "")
 
     sys.addaudithook(watch)
-    found = find_items([root])
+    found = find_data([root])
     for item in found.items:
         load_pixels(item, Bucket(64, 64), rng=None, flip_p=0, crop_jitter=0)
     watching = False
@@ -191,12 +192,12 @@ def test_a_copy_elsewhere_gives_the_same_items(tmp_path: Path) -> None:
     shutil.copytree(tmp_path / "a", tmp_path / "deep" / "b")
 
     def content(root: Path) -> list[tuple[object, ...]]:
-        return [(item.id, item.caption, item.multiply) for item in find_items([root]).items]
+        return [(item.id, item.caption, item.multiply) for item in find_data([root]).items]
 
     assert content(tmp_path / "a") == content(tmp_path / "deep" / "b")
 
 
 def test_items_are_plain(tmp_path: Path) -> None:
     make(tmp_path, "x_1.png")
-    (item,) = find_items([tmp_path]).items
+    (item,) = find_data([tmp_path]).items
     assert item == Item("x_1.png", str(tmp_path / "x_1.png"), 96, 64, item.caption)

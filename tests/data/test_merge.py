@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from data.folder import find_items
+from data.sources import find_data
 from tests.data.corpus import png
 
 Files = dict[str, str | bytes]
@@ -119,6 +119,6 @@ def test_the_table_is_long_enough() -> None:
 @pytest.mark.parametrize(("files", "expected"), [case[1:] for case in CASES], ids=[case[0] for case in CASES])
 def test_merge(tmp_path: Path, files: Files, expected: dict[str, Any]) -> None:
     write(tmp_path, files)
-    (item,) = find_items([tmp_path]).items
+    (item,) = find_data([tmp_path]).items
     assert item.id == f"{PICTURE}.png"
     assert {name: seen(item, name) for name in expected} == expected

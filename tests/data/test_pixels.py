@@ -15,10 +15,9 @@ from PIL import Image
 
 from data.headers import PictureError, read_header
 from data.item import Bucket, Caption, Item
-from data.pixels import Crop, colour, decode, draw_crop, load_pixels
+from data.pixels import Crop, decode, draw_crop, load_pixels
 from tests.data.corpus import HEIGHT, WIDTH, rgba, scene
 from tests.photos import cut, photographs
-from utils.errors import UserError
 
 SIDES = st.integers(1, 6000)
 
@@ -109,13 +108,6 @@ def test_background_is_the_option(tmp_path: Path) -> None:
     item = save(tmp_path / "a.png", rgba())
     pixels = load_pixels(item, Bucket(WIDTH, HEIGHT), rng=None, flip_p=0, crop_jitter=0, background=(0, 10, 20))
     assert pixels[:, 10, 40].tolist() == [0, 10, 20]
-
-
-def test_colours_by_name_and_number() -> None:
-    assert colour("white") == (255, 255, 255)
-    assert colour("#0a141e") == (10, 20, 30)
-    with pytest.raises(UserError, match="background = whitish"):
-        colour("whitish")
 
 
 @pytest.mark.parametrize("orientation", [1, 6])

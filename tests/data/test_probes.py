@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from data.buckets import compute_buckets, nearest_bucket
-from data.folder import find_items
 from data.item import Item
 from data.probes import MOST_PER_IMAGE, Probe, Validation, bands, probe_points
+from data.sources import find_data
 from data.turning import Turning
 from data.validation import VALIDATION, WatchedSet
 from tests.photos import make_photo_folder
@@ -28,7 +28,7 @@ ALPHAS = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2, 
 def items(tmp_path_factory: pytest.TempPathFactory) -> tuple[Item, ...]:
     folder = tmp_path_factory.mktemp("photos")
     make_photo_folder(folder)
-    return find_items([folder]).items
+    return find_data([folder]).items
 
 
 def encode(pixels: Tensor) -> Tensor:
