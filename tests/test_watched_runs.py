@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 from jobs import World, final_state, make_world, run_folder, run_job, stop_after
 
+from utils.gallery import jpeg_with_settings, strip
 from utils.tree import same_tree
 
 EMA = {"ema_decay_rate": 0.9, "ema_update_interval": 1}
@@ -45,7 +47,8 @@ def watched(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("wandb")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WANDB_MODE", "offline")
-        options = {"sample_steps": 1, "log_step": 1, "wandb": True, "validation_config": validation_file(logdir, world)}
+        options: dict[str, Any] = {"sample_steps": 1, "log_step": 1, "wandb": True, "save_full_precision": True}
+        options["validation_config"] = validation_file(logdir, world)
         both = {"ema_sample_nonema_model": True, "ema_sample_ema_model": True}
         assert run_job(world, logdir, **EMA, **both, **options) == 0
     return logdir
@@ -80,6 +83,30 @@ def test_samples_and_tables(watched: Path) -> None:
     assert len(rows) == 7
     assert sum(int(row["visits"]) for row in rows) <= 21
     assert all(row["caption"] for row in rows)
+
+
+def test_the_exported_folder_draws_the_same_picture_elsewhere(watched: Path) -> None:
+    import numpy as np
+    import torch
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+    from PIL import Image
+
+    folder = run_folder(watched)
+    (export,) = (folder / "ckpts").glob("last-*gs00006")
+    pipeline = StableDiffusionPipeline.from_pretrained(str(export), safety_checker=None)
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    pipeline.set_progress_bar_config(disable=True)
+    picture = pipeline(
+        "a cat", 64, 64, num_inference_steps=2, guidance_scale=4.0, generator=torch.Generator().manual_seed(555)
+    ).images[0]
+    theirs = Image.open(io.BytesIO(jpeg_with_settings(strip([picture], (4.0,)), "")))
+
+    def difference(update: int) -> float:
+        ours = Image.open(folder / "samples" / f"gs{update:05}-000-a-cat.jpg")
+        return float(np.abs(np.asarray(ours, dtype=int) - np.asarray(theirs, dtype=int)).mean())
+
+    assert difference(6) < 0.5, "rounding"
+    assert difference(0) > 3
 
 
 def test_the_board_is_laid_out(watched: Path) -> None:
