@@ -15,7 +15,7 @@ from utils.checkpoint import FORMAT, FORMAT_VERSION, STATE, STATES_KEPT, Checkpo
 from utils.errors import TryLaterError, printable
 from utils.files import drop_replaced, honour_umask, partial_path, remove_folder, replace_folder, restore_replaced
 from utils.manifest import DamagedError, UnreadableError, read_manifest, verify_folder, write_manifest
-from utils.tree import Tree, load_tree, same_tree, save_tree, tree_bytes
+from utils.tree import Tree, is_saved, save_tree, tree_bytes
 
 GOOD_KEPT = 2
 SPARE_BYTES = 64 * 2**20
@@ -108,7 +108,7 @@ def _write_state(folder: Path, record: Record, state: Tree) -> None:
     folder.mkdir()
     save_tree(folder, "state", state)
     # The hash proves that the disk kept what it was given; this proves that it was given the right thing.
-    if not same_tree(load_tree(folder, "state"), state):
+    if not is_saved(folder, "state", state):
         raise DamagedError(f"{printable(folder)} does not read back as it was written")
     honour_umask(folder)
     write_manifest(folder, {"format": FORMAT, "format_version": FORMAT_VERSION, "of": record.name})

@@ -6,6 +6,7 @@ import json
 import math
 import struct
 from collections.abc import Callable
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,18 @@ def save_tree(folder: Path, name: str, tree: Tree) -> None:
 
 def load_tree(folder: Path, name: str) -> Tree:
     """What `save_tree` wrote; raises DamagedError where the files hold something else."""
+    return _with_saved(folder, name, _read)
+
+
+def is_saved(folder: Path, name: str, tree: Tree) -> bool:
+    """Whether `save_tree` has written exactly `tree`, compared tensor by tensor without a second copy in memory.
+
+    Raises DamagedError where the files hold no state at all.
+    """
+    return bool(_with_saved(folder, name, lambda node, tensors: _same(node, tensors, tree)))
+
+
+def _with_saved(folder: Path, name: str, use: Callable[[Any, Any], Tree]) -> Tree:
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -114,7 +127,7 @@ def load_tree(folder: Path, name: str) -> Tree:
         if document["tree_version"] != TREE_VERSION:
             raise DamagedError(f"{printable(folder / name)}.json has an unknown version")
         with safe_open(folder / f"{name}.safetensors", framework="pt", device="cpu") as tensors:
-            return _read(document["tree"], tensors)
+            return use(document["tree"], tensors)
     except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise DamagedError(f"{printable(folder / name)} does not hold saved state: {printable(error)}") from error
     except (RuntimeError, RecursionError, OverflowError, struct.error, SafetensorError) as error:
@@ -136,15 +149,29 @@ def _read(node: Any, tensors: Any) -> Tree:
         return bytes.fromhex(node["text"]).decode("utf-8", "surrogatepass")
     if "float" in node:
         return struct.unpack(">d", bytes.fromhex(node["float"]))[0]
-    return _read_tensor(node, tensors)
+    # A copy, because safe_open maps the file: the state must not change or vanish with it.
+    return _mapped(node, tensors).clone()
 
 
-def _read_tensor(node: dict[str, Any], tensors: Any) -> torch.Tensor:
+def _same(node: Any, tensors: Any, tree: Tree) -> bool:
+    if isinstance(tree, torch.Tensor):
+        return isinstance(node, dict) and "tensor" in node and same_tree(_mapped(node, tensors), tree)
+    if isinstance(tree, dict):
+        pairs = node["dict"]
+        keys = [_read(key, tensors) for key, _ in pairs]
+        values = [value for _, value in pairs]
+        return same_tree(keys, list(tree)) and all(map(_same, values, repeat(tensors), tree.values()))
+    if isinstance(tree, list | tuple):
+        items = node if isinstance(tree, list) else node["tuple"]
+        return len(items) == len(tree) and all(map(_same, items, repeat(tensors), tree))
+    return same_tree(_read(node, tensors), tree)
+
+
+def _mapped(node: dict[str, Any], tensors: Any) -> torch.Tensor:
     dtype = getattr(torch, node["dtype"])
     if not isinstance(dtype, torch.dtype):
         raise ValueError(f"{node['dtype']!r} is no dtype")
-    # A copy, because safe_open maps the file: the state must not change or vanish with it.
-    stored: torch.Tensor = tensors.get_tensor(node["tensor"]).clone()
+    stored: torch.Tensor = tensors.get_tensor(node["tensor"])
     if stored.dtype != dtype:
         stored = stored.view(dtype)
     return stored.reshape(node["shape"])

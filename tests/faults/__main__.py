@@ -21,7 +21,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from tests.faults import disk, kills, order, runs  # noqa: E402
 from tests.faults.calls import fail_every_call  # noqa: E402
-from tests.faults.damage import damage  # noqa: E402
+from tests.faults.damage import damage, forge  # noqa: E402
 
 Test = Callable[[Path, int], Any]
 KILLED = "kill -9 of jobs"
@@ -44,6 +44,7 @@ def saves() -> dict[str, tuple[int, Test]]:
         "every call of a save fails once": (1, _every_call),
         "bit flips": (1000, lambda d, n: damage(d, n, 1, search_every=20)),
         "truncations": (50, lambda d, n: damage(d, n, 1, cut=True, search_every=5)),
+        "forged manifests and states": (20_000, lambda d, n: forge(d, n, 1)),
         "order on the disk": (
             1,
             lambda d, n: order.violations(*order.watched_save(d)) or "sync, manifest, rename, sync",

@@ -18,7 +18,7 @@ if sys.platform != "linux":
 
 from tests.faults import disk, kills, order
 from tests.faults.calls import fail_every_call
-from tests.faults.damage import damage
+from tests.faults.damage import damage, forge
 
 
 @pytest.fixture(autouse=True)
@@ -56,6 +56,12 @@ def test_damage_is_noticed_and_the_older_one_used(tmp_path: Path, cut: bool) -> 
     figures = damage(tmp_path, 50, seed=1, cut=cut)
     assert figures.damaged == figures.detected == 50
     assert figures.searched == figures.older_used > 0
+
+
+def test_forged_manifests_and_states_are_refused_in_words(tmp_path: Path) -> None:
+    figures = forge(tmp_path, 60, seed=1)
+    assert figures.crashed == 0, figures.crashes
+    assert figures.refused > 20
 
 
 def test_order_on_the_disk(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from utils.manifest import DamagedError
-from utils.tree import load_tree, on_cpu, same_tree, save_tree, snapshot, tree_bytes
+from utils.tree import is_saved, load_tree, on_cpu, same_tree, save_tree, snapshot, tree_bytes
 
 DTYPES = [
     torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.uint8, torch.int8,
@@ -59,6 +60,7 @@ trees = st.recursive(
 def test_round_trip(tmp_path: Path, tree: Any) -> None:
     save_tree(tmp_path, "state", tree)
     assert same_tree(load_tree(tmp_path, "state"), tree)
+    assert is_saved(tmp_path, "state", tree)
     assert same_tree(snapshot(tree), tree)
 
 
@@ -70,9 +72,14 @@ def test_round_trip(tmp_path: Path, tree: Any) -> None:
         (torch.zeros(1), 0.0), (None, 0), ("", None),
     ],
 )  # fmt: skip
-def test_what_differs_is_told_apart(a: Any, b: Any) -> None:
+def test_what_differs_is_told_apart(tmp_path: Path, a: Any, b: Any) -> None:
     assert same_tree(a, a)
     assert not same_tree(a, b)
+    save_tree(tmp_path, "state", {"x": [a]})
+    assert is_saved(tmp_path, "state", {"x": [a]})
+    # Another kind of container is no answer but an error.
+    with suppress(DamagedError):
+        assert not is_saved(tmp_path, "state", {"x": [b]})
 
 
 def test_big_and_special_numbers_and_keys(tmp_path: Path) -> None:
