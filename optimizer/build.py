@@ -136,12 +136,12 @@ def _groups(parameters: list[nn.Parameter], memory: Memory) -> Iterator[list[nn.
         return
     group: list[nn.Parameter] = []
     for parameter in parameters:
-        group.append(parameter)
-        if memory.step_in_backward or sum(p.numel() for p in group) >= _GROUP_NUMBERS:
+        full = sum(p.numel() for p in group) + parameter.numel() > _GROUP_NUMBERS
+        if group and (memory.step_in_backward or full):
             yield group
             group = []
-    if group:
-        yield group
+        group.append(parameter)
+    yield group
 
 
 def default_optimizer(device_type: str) -> str:

@@ -160,3 +160,14 @@ def test_rates_follow_the_schedule_of_the_part() -> None:
         updater.backward(losses(part, done), torch.ones(4), 4, done=done, last=True)
         assert updater.step(done).rates == {"unet": part.lr_at(done)}
         assert part.optimizers[0].param_groups[0]["lr"] == part.lr_at(done)
+
+
+@pytest.mark.parametrize(("limit", "sizes"), [(100, [1, 1, 1, 1]), (5250, [2, 2]), (10_000, [4])])
+def test_weights_in_bf16_step_in_groups_of_bounded_size(
+    limit: int, sizes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("optimizer.build._GROUP_NUMBERS", limit)
+    part = small_part({}, memory=Memory(bf16_weights=True))
+    groups = [optimizer.param_groups[0]["params"] for optimizer in part.optimizers]
+    assert [len(group) for group in groups] == sizes
+    assert [id(p) for group in groups for p in group] == [id(p) for p in part.parameters.values()]
