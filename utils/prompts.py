@@ -16,7 +16,7 @@ from utils.seeding import random_seed, stream
 
 CFGS = (7.0, 4.0, 1.01)
 MOST_CAPTIONS = 4
-MOST_SIDE = 4096
+LEAST_SIDE, MOST_SIDE = 16, 4096
 LATENT_STEP = 8
 
 SCHEDULERS = ("ddim", "pndm", "ddpm", "lms", "euler", "euler_a", "kdpm2", "kdpm2_a")
@@ -215,7 +215,7 @@ def _entry(item: Any, where: str, key: str) -> tuple[SampleEntry, list[Problem]]
     problems += wrong
     size = values.get("size")
     if size is not None and not _is_size(size):
-        problems.append(Problem(where, f"{key}.size", size, f"must be [width, height], each 64 to {MOST_SIDE} pixels"))
+        problems.append(Problem(where, f"{key}.size", size, f"must be [width, height], each {LEAST_SIDE} to {MOST_SIDE} pixels"))
     if size is not None and "aspect_ratio" in values:
         problems.append(Problem(where, f"{key}.aspect_ratio", None, "and size both set the shape; drop one"))
     return SampleEntry(**values), problems
@@ -225,7 +225,7 @@ def _is_size(value: Any) -> bool:
     return (
         isinstance(value, list)
         and len(value) == 2
-        and all(type(side) is int and 64 <= side <= MOST_SIDE for side in value)
+        and all(type(side) is int and LEAST_SIDE <= side <= MOST_SIDE for side in value)
     )
 
 
