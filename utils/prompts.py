@@ -215,7 +215,8 @@ def _entry(item: Any, where: str, key: str) -> tuple[SampleEntry, list[Problem]]
     problems += wrong
     size = values.get("size")
     if size is not None and not _is_size(size):
-        problems.append(Problem(where, f"{key}.size", size, f"must be [width, height], each {LEAST_SIDE} to {MOST_SIDE} pixels"))
+        remedy = f"must be [width, height], each {LEAST_SIDE} to {MOST_SIDE} pixels"
+        problems.append(Problem(where, f"{key}.size", size, remedy))
     if size is not None and "aspect_ratio" in values:
         problems.append(Problem(where, f"{key}.aspect_ratio", None, "and size both set the shape; drop one"))
     return SampleEntry(**values), problems
