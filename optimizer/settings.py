@@ -10,7 +10,7 @@ from typing import Any
 from optimizer.schedules import Schedule, build_schedule
 from utils.config import OptimizerOptions
 from utils.optimizer_file import OptimizerFile, PartValues, given_parameters
-from utils.optimizer_names import DEFAULT_RATE, DEFAULT_RATES, FINDS_ITS_RATE, LOWEST_FACTOR, PARAMETERS
+from utils.optimizer_names import DEFAULT_RATE, DEFAULT_RATES, FINDS_ITS_RATE, LOWEST_FACTOR, PARAMETERS, betas_of
 
 SCALE_LR_EXPONENT = 0.55
 
@@ -93,8 +93,11 @@ def _rate(values: PartValues) -> float:
 
 
 def _settings(values: PartValues, rate: float) -> PartSettings:
-    takes = PARAMETERS[values.optimizer or "adamw"]
+    optimizer = values.optimizer or "adamw"
+    takes = PARAMETERS[optimizer]
     parameters = {name: value for name, value in given_parameters(values).items() if name in takes and name != "lr"}
+    if "betas" in parameters and len(parameters["betas"]) != betas_of(optimizer):
+        del parameters["betas"]  # the UNet's, whose optimizer takes another number of them
     return PartSettings(
         optimizer=values.optimizer,
         lr=rate,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.errors import Problem, ProblemsError
-from utils.optimizer_names import COMMON, PARAMETERS, SCHEDULES
+from utils.optimizer_names import COMMON, PARAMETERS, SCHEDULES, betas_of
 from utils.options import read_json_object
 from utils.schema import check_value, option, option_fields
 
@@ -186,9 +186,10 @@ def _check_parameters(
             notes.append(f"{where}: {section}.{name} has no effect: {remedy}")
         else:
             problems.append(Problem(where, f"{section}.{name}", getattr(values, name), remedy))
-    if values.betas is not None and (len(values.betas) == 3) != (optimizer == "dadapt_adan"):
-        count = "three numbers" if optimizer == "dadapt_adan" else "two numbers"
-        problems.append(Problem(where, f"{section}.betas", values.betas, f"must be {count} for {optimizer}"))
+    count = betas_of(optimizer)
+    if values.betas is not None and len(values.betas) != count:
+        words = "three" if count == 3 else "two"
+        problems.append(Problem(where, f"{section}.betas", values.betas, f"must be {words} numbers for {optimizer}"))
 
 
 def given_parameters(values: PartValues) -> dict[str, Any]:

@@ -145,6 +145,14 @@ def test_a_text_encoder_of_another_kind_drops_what_it_inherits_and_cannot_use() 
     assert (both.unet.lr, both.text_encoder.lr) == (1.0, 5e-7)
 
 
+def test_betas_are_inherited_only_where_their_number_fits() -> None:
+    three = {"optimizer": "dadapt_adan", "betas": [0.9, 0.9, 0.99]}
+    assert merged({"base": three, "text_encoder_overrides": {"optimizer": "adamw"}}).text_encoder.parameters == {}
+    adan = {"optimizer": "dadapt_adan"}
+    assert merged({"base": {"betas": [0.9, 0.99]}, "text_encoder_overrides": adan}).text_encoder.parameters == {}
+    assert merged({"base": three}).text_encoder.parameters == {"betas": [0.9, 0.9, 0.99]}
+
+
 def test_flags_set_the_base_and_the_text_encoder_keeps_its_ratio() -> None:
     both = merged(OLD_FILE, lr=4e-6, lr_scheduler="linear", lr_decay_steps=7, lr_warmup_steps=3)
     assert both.unet.lr == 4e-6
