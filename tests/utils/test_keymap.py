@@ -36,6 +36,62 @@ def test_full_size_single_file_has_the_keys_of_the_original(kind: str) -> None:
         assert len(single) == 1130
 
 
+# Names and shapes as they are in the published files; diffusers' loader would take some of them in other spellings.
+PUBLISHED = {
+    "model.diffusion_model.time_embed.2.weight": (1280, 1280),
+    "model.diffusion_model.input_blocks.0.0.weight": (320, 4, 3, 3),
+    "model.diffusion_model.input_blocks.1.0.in_layers.2.weight": (320, 320, 3, 3),
+    "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_out.0.bias": (320,),
+    "model.diffusion_model.input_blocks.3.0.op.weight": (320, 320, 3, 3),
+    "model.diffusion_model.input_blocks.4.0.skip_connection.weight": (640, 320, 1, 1),
+    "model.diffusion_model.input_blocks.11.0.emb_layers.1.bias": (1280,),
+    "model.diffusion_model.middle_block.1.norm.weight": (1280,),
+    "model.diffusion_model.middle_block.2.out_layers.3.bias": (1280,),
+    "model.diffusion_model.output_blocks.2.1.conv.weight": (1280, 1280, 3, 3),
+    "model.diffusion_model.output_blocks.5.2.conv.weight": (1280, 1280, 3, 3),
+    "model.diffusion_model.output_blocks.8.2.conv.bias": (640,),
+    "model.diffusion_model.output_blocks.11.1.proj_out.bias": (320,),
+    "model.diffusion_model.out.0.weight": (320,),
+    "model.diffusion_model.out.2.weight": (4, 320, 3, 3),
+    "first_stage_model.quant_conv.weight": (8, 8, 1, 1),
+    "first_stage_model.encoder.down.1.block.0.nin_shortcut.weight": (256, 128, 1, 1),
+    "first_stage_model.encoder.down.2.downsample.conv.weight": (512, 512, 3, 3),
+    "first_stage_model.encoder.mid.attn_1.q.weight": (512, 512, 1, 1),
+    "first_stage_model.encoder.mid.attn_1.proj_out.bias": (512,),
+    "first_stage_model.encoder.norm_out.bias": (512,),
+    "first_stage_model.decoder.mid.block_2.conv2.weight": (512, 512, 3, 3),
+    "first_stage_model.decoder.up.0.block.2.conv1.weight": (128, 128, 3, 3),
+    "first_stage_model.decoder.up.1.block.0.nin_shortcut.weight": (256, 512, 1, 1),
+    "first_stage_model.decoder.up.3.upsample.conv.weight": (512, 512, 3, 3),
+}
+PUBLISHED_TEXT = {
+    "sd1": {
+        "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight": (49408, 768),
+        "cond_stage_model.transformer.text_model.encoder.layers.11.mlp.fc1.weight": (3072, 768),
+        "cond_stage_model.transformer.text_model.final_layer_norm.bias": (768,),
+    },
+    "sd2": {
+        "cond_stage_model.model.token_embedding.weight": (49408, 1024),
+        "cond_stage_model.model.positional_embedding": (77, 1024),
+        "cond_stage_model.model.transformer.resblocks.22.attn.in_proj_weight": (3072, 1024),
+        "cond_stage_model.model.transformer.resblocks.0.attn.in_proj_bias": (3072,),
+        "cond_stage_model.model.transformer.resblocks.0.attn.out_proj.weight": (1024, 1024),
+        "cond_stage_model.model.transformer.resblocks.0.ln_2.weight": (1024,),
+        "cond_stage_model.model.transformer.resblocks.0.mlp.c_fc.weight": (4096, 1024),
+        "cond_stage_model.model.transformer.resblocks.0.mlp.c_proj.bias": (1024,),
+        "cond_stage_model.model.ln_final.weight": (1024,),
+        "model.diffusion_model.input_blocks.1.1.proj_in.weight": (320, 320),
+    },
+}
+
+
+@pytest.mark.parametrize("kind", ["sd1", "sd2"])
+def test_names_are_those_of_the_published_files(kind: str) -> None:
+    _, _, single = full_size(kind)
+    expected = PUBLISHED | PUBLISHED_TEXT[kind]
+    assert {name: tuple(single[name].shape) if name in single else None for name in expected} == expected
+
+
 @pytest.mark.parametrize("kind", ["sd1", "sd2"])
 def test_diffusers_maps_every_key_back_to_the_tensor_it_came_from(kind: str) -> None:
     from diffusers.loaders.single_file_utils import (
