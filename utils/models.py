@@ -11,7 +11,7 @@ from utils.errors import UserError, printable
 from utils.keymap import disk_name, key_map
 from utils.model_files import ModelFiles, mark_scheduler
 from utils.source import Parts, Wanted, read_source
-from utils.weights import require_finite
+from utils.weights import first_line, require_finite
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel
@@ -137,8 +137,7 @@ def empty_networks(files: ModelFiles) -> Networks:
                 networks[part] = make()
         # The configuration is a stranger's; the libraries check little of it and raise what comes.
         except Exception as error:  # noqa: BLE001
-            reason = printable(str(error).splitlines()[0] if str(error) else type(error).__name__)
-            raise UserError(f"the configuration of {part} describes no network: {reason}") from None
+            raise UserError(f"the configuration of {part} describes no network: {first_line(error)}") from None
     return networks
 
 
@@ -148,7 +147,10 @@ def disk_names(networks: Networks) -> dict[str, list[str]]:
 
 
 def build_tokenizer(files: ModelFiles) -> CLIPTokenizer:
-    """The tokenizer whose files are in `files`; nothing is looked for elsewhere."""
+    """The tokenizer whose files are in `files`; nothing is looked for elsewhere.
+
+    Raises `UserError` when they are damaged, or name more pieces of words than the text encoder knows.
+    """
     from tempfile import TemporaryDirectory
 
     from transformers import CLIPTokenizer
@@ -156,7 +158,17 @@ def build_tokenizer(files: ModelFiles) -> CLIPTokenizer:
     with TemporaryDirectory(prefix="emulsion-") as scratch:
         for name, content in files.tokenizer.items():
             (Path(scratch) / name).write_bytes(content)
-        return CLIPTokenizer.from_pretrained(scratch, local_files_only=True)
+        try:
+            tokenizer = CLIPTokenizer.from_pretrained(scratch, local_files_only=True)
+        except Exception as error:  # noqa: BLE001 - a stranger's files again
+            raise UserError(f"the model's tokenizer cannot be read: {first_line(error)}; get its files again") from None
+    known = files.text_encoder.get("vocab_size", len(tokenizer))
+    if len(tokenizer) > known:
+        raise UserError(
+            f"the tokenizer has {len(tokenizer)} pieces of words and the text encoder knows {known}; "
+            f"the two come from different models"
+        )
+    return tokenizer
 
 
 def fitted(part: str, network: nn.Module, tensors: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from utils.errors import UserError, printable
 from utils.pickle_machine import Machine
-from utils.weights import MAX_TENSORS, require_file
+from utils.weights import MAX_TENSORS, first_line, require_file
 
 if TYPE_CHECKING:
     import torch
@@ -63,9 +63,8 @@ def _read_legacy(path: Path) -> object:
             return torch.load(path, map_location="cpu", weights_only=True)
     # torch raises whatever the bytes lead it to; the file is a stranger's.
     except Exception as error:  # noqa: BLE001
-        reason = printable(str(error).splitlines()[0] if str(error) else type(error).__name__)
         raise UserError(
-            f"{printable(path)} could not be read without running code from it ({reason}); "
+            f"{printable(path)} could not be read without running code from it ({first_line(error)}); "
             f"get the model as .safetensors"
         ) from None
 

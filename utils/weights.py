@@ -68,6 +68,12 @@ def read_header(path: Path) -> dict[str, Any]:
     return header
 
 
+def first_line(error: Exception) -> str:
+    """What a library had to say, in one line that any log can take."""
+    lines = str(error).strip().splitlines()
+    return printable(lines[0] if lines else type(error).__name__)
+
+
 def require_finite(name: str, tensor: Tensor, source: str) -> None:
     """`UserError` when `tensor` holds NaN or infinity."""
     import torch

@@ -284,6 +284,23 @@ def test_tokens_are_those_of_the_pipeline(folder: Path) -> None:
     assert count_tokens(models, []) == []
 
 
+def test_tokenizers_that_do_not_belong_are_refused(folder: Path) -> None:
+    vocabulary = folder / "tokenizer/vocab.json"
+    before = vocabulary.read_text(encoding="utf-8")
+    words = json.loads(before)
+    vocabulary.write_text(json.dumps(words | {f"more{i}": len(words) + i for i in range(9)}), encoding="utf-8")
+    with pytest.raises(UserError, match="pieces of words and the text encoder knows 852"):
+        load_models(folder)
+    for damaged in ("{", "[]", '{"a": "b"}', "null"):
+        vocabulary.write_text(damaged)
+        with pytest.raises(UserError, match="tokenizer"):
+            load_models(folder)
+    vocabulary.write_text(before, encoding="utf-8")
+    (folder / "tokenizer/merges.txt").write_bytes(b"\xff\xfe\x00 not a merge")
+    with pytest.raises(UserError, match="tokenizer cannot be read"):
+        load_models(folder)
+
+
 def test_clip_skip_counts_layers_from_the_end(folder: Path) -> None:
     models = load_models(folder)
     ids = tokenize(models, ["a red circle"])
