@@ -149,8 +149,10 @@ def _read(node: Any, tensors: Any) -> Tree:
         return bytes.fromhex(node["text"]).decode("utf-8", "surrogatepass")
     if "float" in node:
         return struct.unpack(">d", bytes.fromhex(node["float"]))[0]
-    # A copy, because safe_open maps the file: the state must not change or vanish with it.
-    return _mapped(node, tensors).clone()
+    # A copy, because safe_open maps the file: the state must not change or vanish with it. Of the bytes, because they
+    # may lie at any address, and torch crashes on complex numbers at odd ones.
+    tensor = _mapped(node, tensors)
+    return _raw(tensor).clone().view(tensor.dtype).reshape(tensor.shape)
 
 
 def _same(node: Any, tensors: Any, tree: Tree) -> bool:
@@ -211,7 +213,7 @@ def tree_bytes(tree: Tree) -> int:
 def same_tree(a: Tree, b: Tree) -> bool:
     """Whether two trees hold the same structure, types and bits (NaN equals the same NaN, 0.0 is not -0.0)."""
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
-        return a.dtype == b.dtype and a.shape == b.shape and torch.equal(_bytes(a), _bytes(b))
+        return a.dtype == b.dtype and a.shape == b.shape and torch.equal(_raw(a), _raw(b))
     if isinstance(a, dict) and isinstance(b, dict):
         return list(a) == list(b) and all(same_tree(a[key], b[key]) for key in a)
     if isinstance(a, list | tuple) and isinstance(b, list | tuple):
@@ -222,5 +224,6 @@ def same_tree(a: Tree, b: Tree) -> bool:
     return type(a) is type(b) and bool(a == b)
 
 
-def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+def _raw(tensor: torch.Tensor) -> torch.Tensor:
+    """The bytes of `tensor`, flat."""
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)

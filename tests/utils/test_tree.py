@@ -122,6 +122,14 @@ def test_what_lies_on_the_cpu_is_not_copied() -> None:
     assert moved["a"][0].data_ptr() == tree["a"][0].data_ptr()
 
 
+def test_numbers_at_odd_addresses(tmp_path: Path) -> None:
+    """torch crashes the whole process when it copies complex numbers that lie there."""
+    tree = {f"{n}": torch.arange(n).to(torch.complex128) for n in range(1, 40)} | {"0": torch.zeros(3).bool()}
+    save_tree(tmp_path, "state", tree)
+    assert is_saved(tmp_path, "state", tree)
+    assert same_tree(load_tree(tmp_path, "state"), tree)
+
+
 def test_optimizer_state_trains_on_as_before(tmp_path: Path) -> None:
     def step(model: torch.nn.Linear, optimizer: torch.optim.Optimizer) -> None:
         optimizer.zero_grad()
