@@ -138,7 +138,7 @@ def read_training_set(
         watched=arranged.sets,
         updates=updates,
         total_updates=total,
-        validation=frozenset({*validation_updates(updates, file.every_n_epochs), total}),
+        validation=validation_updates(updates, file.every_n_epochs, total=total),
         notes=arranged.notes,
         duplicates=duplicates,
     )

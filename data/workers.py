@@ -101,7 +101,8 @@ class Batches:
     def _start(self, waiting: list[Request]) -> Iterator[Batch | Lost]:
         self._queue.requests = waiting
         handler = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
-        with workers_start():
+        start = self._options.worker_start
+        with workers_start(None if start == "auto" else start):
             iterator = iter(self._loader)
         if handler is not None and threading.current_thread() is threading.main_thread():
             # torch's handler raises in the middle of whatever runs when a worker dies, an optimizer's step perhaps.

@@ -33,7 +33,7 @@ from utils.config import Options
 from utils.console import Bar, start_line
 from utils.control import ControlFile
 from utils.device import Device, open_device
-from utils.files import write_json, write_text
+from utils.files import sweep_leftovers, write_json, write_text
 from utils.ledger import Ledger
 from utils.logs import LOGGER, open_log_file
 from utils.meter import Meter
@@ -67,6 +67,8 @@ def open_session(inputs: Inputs, data: TrainingSet, start: Start, stop: StopSign
         stack.callback(tracker.close)
         retention = Retention(options.save.keep_last_n, options.save.save_optimizer)
         writer = stack.enter_context(CheckpointWriter(run.ckpts, retention))
+        if options.save.save_ckpt_dir is not None and Path(options.save.save_ckpt_dir).is_dir():
+            sweep_leftovers(Path(options.save.save_ckpt_dir), owner=run.name)
         session = _assemble(inputs, data, device, models, run, tracker, writer, stop, progress)
         stack.callback(session.bar.close)
         if state is not None:

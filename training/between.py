@@ -16,6 +16,7 @@ from training.parts import losses_of_probe
 from training.session import Session
 from training.settings import reload_settings
 from utils.borrow import undisturbed, weights_swapped
+from utils.contact_sheet import contact_sheet
 from utils.errors import UserError
 from utils.logs import LOGGER
 from utils.writer import SaveResult
@@ -48,6 +49,7 @@ def before_epoch(session: Session, updates: Sequence[Update]) -> None:
 def after_update(session: Session) -> None:
     """What is due after the update that `session.progress` counts last."""
     update = session.progress.update
+    show_first_update(session)
     if update % session.options.log.log_step == 0 or session.finished:
         log_scalars(session)
     draw_samples(session)
@@ -71,6 +73,15 @@ def after_epoch(session: Session, *, seconds: float, images: int) -> None:
     session.tracker.histogram("timesteps", *session.ledger.histogram(), session.progress.update)
     if not session.finished and session.timetable.due_after_epoch(session.progress.epoch):
         save(session)
+
+
+def show_first_update(session: Session) -> None:
+    """The first pictures that the model was given, as it saw them, with their captions."""
+    if session.first_batches:
+        batches, session.first_batches = session.first_batches, ()
+        pictures = [picture for batch in batches for picture in batch.pixels.cpu()]
+        captions = [caption for batch in batches for caption in batch.captions]
+        session.tracker.image("first_update", contact_sheet(pictures, captions), session.progress.update)
 
 
 def save(session: Session) -> None:
@@ -102,6 +113,7 @@ def obey(session: Session) -> None:
 def log_scalars(session: Session) -> None:
     """Report the state of the training; reading the numbers waits for the device."""
     reading = session.window.read()
+    session.ledger.collect()
     session.last_loss = reading.loss
     last = session.last
     assert last is not None
@@ -157,7 +169,7 @@ def report_skipped(session: Session) -> None:
 
 def draw_samples(session: Session, *, asked: bool = False) -> None:
     """Samples, if they are due or asked for: from the average by default when there is one."""
-    if not asked and not session.gallery.plan.due(session.progress.update):
+    if not asked and not session.gallery.plan.due(session.progress.update, finished=session.finished):
         return
     versions: dict[str, Mapping[str, Mapping[str, Tensor]]] = {}
     averages, ema = session.averages(), session.options.ema
@@ -176,17 +188,20 @@ def validate(session: Session) -> None:
     """A validation pass with the plain weights, and one with the average."""
     if session.validation is None:
         return
-    models, device = session.models, session.device
+    models, device, update = session.models, session.device, session.progress.update
     loss_of = partial(losses_of_probe, models, session.networks, session.objective, device)
-    update = session.progress.update
-    with left_out(session), undisturbed(models.unet, models.text_encoder, models.vae, device=device.torch_device):
-        values = session.validation.run(update, loss_of)
-        averages = session.averages()
-        if averages is not None:
-            with ExitStack() as stack:
-                for name, tensors in averages.items():
-                    stack.enter_context(weights_swapped(getattr(models, name), tensors))
-                values |= session.validation.run(update, loss_of, label="ema")
+    values: dict[str, float] = {}
+    with (
+        surviving("validation"),
+        left_out(session),
+        undisturbed(models.unet, models.text_encoder, models.vae, device=device.torch_device),
+    ):
+        for label, weights in (("", session.answers()), ("ema", session.averages())):
+            if weights is not None:
+                with ExitStack() as stack:
+                    for name, tensors in weights.items():
+                        stack.enter_context(weights_swapped(getattr(models, name), tensors))
+                    values |= session.validation.run(update, loss_of, label=label)
     session.tracker.scalars(update, values)
     shown = {tag: value for tag, value in values.items() if tag.startswith("loss/")}
     LOGGER.info("validation: %s", ", ".join(f"{tag} {value:.5f}" for tag, value in shown.items()))
@@ -214,8 +229,8 @@ def left_out(session: Session) -> Iterator[None]:
 
 @contextmanager
 def surviving(what: str) -> Iterator[None]:
-    """Go on when the disk refuses something that is only looked at."""
+    """Go on when something that only looks on fails: a disk that is full, a pass that does not fit into memory."""
     try:
         yield
-    except OSError as error:
-        LOGGER.warning("%s could not be written: %s", what, str(error))
+    except (OSError, RuntimeError) as error:
+        LOGGER.warning("%s failed, the training goes on: %s", what, str(error))

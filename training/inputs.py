@@ -11,6 +11,7 @@ from utils.config import Options
 from utils.errors import Problem, ProblemsError
 from utils.optimizer_file import OptimizerFile, load_optimizer_file
 from utils.options import Loaded, assemble, collect_options
+from utils.prompts import check_samples
 
 T = TypeVar("T")
 
@@ -47,6 +48,8 @@ def read_inputs(argv: Sequence[str]) -> Inputs:
     optimizer = _read(lambda: load_optimizer_file(options.optimizer.optimizer_config), problems)
     path = options.log.validation_config
     validation = None if path is None else _read(lambda: read_validation_file(path), problems)
+    if options.sample.sample_prompts != "none":
+        _read(lambda: check_samples(options.sample.sample_prompts), problems)
     if problems:
         raise ProblemsError(problems)
     assert optimizer is not None

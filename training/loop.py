@@ -101,4 +101,6 @@ def note(session: Session, number: int, passes: list[Pass]) -> None:
         for visit, reason in one.batch.failures:
             session.note_failure(visit, reason)
     session.captions = tuple(captions)
+    if number == 1:
+        session.first_batches = tuple(one.batch for one in passes)
     session.unread.append((number, tuple(ids), session.last.applied))

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from data.batches import Batch
 from data.dataset import TrainingSet
 from data.item import Bucket, Visit
 from data.probes import Validation
@@ -53,6 +54,7 @@ class Session:
         last_loss: the loss that was logged last.
         skipped_told: skipped updates that were told already.
         unread: number, image ids and success of each update since the last log; the success is on the device.
+        first_batches: of the first update, until they have been shown.
         row_limits: buckets of which fewer images than `batch_size` fit into memory.
     """
 
@@ -89,6 +91,7 @@ class Session:
     skipped_told: int = 0
     unread: list[tuple[int, tuple[str, ...], Tensor]] = field(default_factory=list)
     row_limits: dict[Bucket, int] = field(default_factory=dict)
+    first_batches: tuple[Batch, ...] = ()
 
     @property
     def finished(self) -> bool:
@@ -115,6 +118,7 @@ class Session:
             "answers": self.answers(),
             "updater": self.updater.state_dict(),
             "ema": None if self.ema is None else self.ema.state_dict(),
+            "epoch_meter": self.epoch_meter.state_dict(),
             "ledger": self.ledger.state(),
             "validation": None if self.validation is None else self.validation.state(),
         }
@@ -127,6 +131,7 @@ class Session:
         changes = self.updater.load_state_dict(state["updater"])
         if self.ema is not None and state["ema"] is not None:
             self.ema.load_state_dict(state["ema"])
+        self.epoch_meter.load_state_dict(state["epoch_meter"], self.device.torch_device)
         self.ledger.load_state(state["ledger"])
         if self.validation is not None and state["validation"] is not None:
             self.validation.load_state(state["validation"])

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 
@@ -47,3 +48,12 @@ class Meter:
         pace = self._images / seconds if seconds > 0 else 0.0
         self._loss, self._images, self._since, self._paused = None, 0, now, 0.0
         return Reading(loss, pace)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The sum so far; the pace is of this start only."""
+        return {"loss": self._loss, "images": self._images}
+
+    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
+        """Go on from a saved sum, on `device`."""
+        self._loss = None if state["loss"] is None else state["loss"].to(device, copy=True)
+        self._images = state["images"]
