@@ -21,10 +21,14 @@ types: $(VENV)/.test
 
 docs: $(VENV)/.train
 	$(BIN)/python -m utils.option_docs
+	$(BIN)/python -m utils.file_tree
 
 gpu: $(VENV)/.test
 	$(BIN)/python -m pytest -m gpu tests/gpu
 	$(BIN)/python -m tests.bench.gpu
+
+faults: $(VENV)/.test
+	$(BIN)/python -m tests.faults
 
 $(VENV)/.train: requirements.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
