@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from starter.networks import STARTER, TINY, Size, build_networks, save_pipeline
+from starter.networks import STARTER, TINY, Size, build_networks, read_weights, save_pipeline
 from starter.pretrain_unet import Shelf, fill_shelves, save_part, scaling_factor, train_unet
 from starter.pretrain_vae import train_vae
 from starter.tokenizer import write_tokenizer
@@ -46,29 +46,38 @@ def pretrain_autoencoder(work: Path, *, seed: int, crop_steps: int, full_steps: 
 
 
 def pretrain_networks(
-    work: Path, out: Path, *, seed: int, steps: int, batch_size: int, lr: float, minutes: float | None
+    work: Path,
+    out: Path,
+    *,
+    seed: int,
+    steps: int,
+    batch_size: int,
+    lr: float,
+    minutes: float | None,
+    resume: bool,
 ) -> None:
-    """The second stage: UNet and text encoder on the first stage's latents; every 500 steps `out` is written anew."""
+    """The second stage: UNet and text encoder on the first stage's latents; every 500 steps `out` is written anew.
+
+    `resume`: go on from the weights in `out` with a new schedule; another `seed` then gives new drawings and noise.
+    """
     from safetensors.torch import load_file
 
     networks = build_networks(STARTER, seed=seed)
     networks.vae.load_state_dict(load_file(work / "vae.safetensors"))
     write_tokenizer(work / "tokenizer")
-    tokenizer = _open_tokenizer(work / "tokenizer")
     shelves: list[Shelf] = fill_shelves(networks.vae, seed=seed, count=SHELF)
-    scale = scaling_factor(shelves)
+    scale = read_weights(out, networks) if resume else scaling_factor(shelves)
     print(f"scaling factor {scale}", flush=True)
     started = time.monotonic()
 
     def after(step: int) -> None:
         save_pipeline(out, networks, dtype=torch.float16, scaling_factor=scale)
         if step % 1000 == 0:
-            mark = {"step": step, "seconds": round(time.monotonic() - started)} | _marks(out)
-            print(json.dumps(mark), flush=True)
+            print(json.dumps({"step": step, "seconds": round(time.monotonic() - started)} | _marks(out)), flush=True)
 
     train_unet(
         networks,
-        tokenizer,
+        _open_tokenizer(work / "tokenizer"),
         shelves,
         scale=scale,
         seed=seed,
@@ -108,6 +117,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--lr", type=float, default=7e-4)
     parser.add_argument("--minutes", type=float, help="wall time of the second stage, if --steps take longer")
+    parser.add_argument("--resume", action="store_true", help="second stage: go on from the weights in --out")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.random:
@@ -126,6 +136,7 @@ def main() -> None:
             batch_size=options.batch_size,
             lr=options.lr,
             minutes=options.minutes,
+            resume=options.resume,
         )
 
 

@@ -163,6 +163,19 @@ def save_pipeline(
     _write_json(folder / "model_index.json", MODEL_INDEX)
 
 
+def read_weights(folder: Path, networks: Networks) -> float:
+    """Load the UNet and the text encoder that `save_pipeline` wrote into `networks`; returns the scaling factor."""
+    from safetensors.torch import load_file
+
+    for name in ("unet", "text_encoder"):
+        part = networks.parts()[name]
+        (path,) = (folder / name).glob("*.safetensors")
+        kept = load_file(path)
+        part.load_state_dict({key: kept[disk_name(part, key)].float() for key in _state(part)}, strict=False)
+    config = json.loads((folder / "vae" / "config.json").read_text(encoding="utf-8"))
+    return float(config["scaling_factor"])
+
+
 def _save_config(folder: Path, part: Any) -> None:
     if hasattr(part, "save_config"):
         part.save_config(folder)
