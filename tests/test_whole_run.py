@@ -364,3 +364,43 @@ def test_two_runs_do_not_share_a_folder(
         assert run_job(world, tmp_path, resume_ckpt="findlast") == 75
         assert time.monotonic() - began < 60
     assert "another run" in capsys.readouterr().err
+
+
+def test_the_rehearsal_before_the_first_update_changes_nothing(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"sample_prompts": "none", "max_epochs": 1}
+    assert run_job(world, tmp_path / "plain", **options) == 0
+    original = training.loop.before_first_update
+    rehearsed = []
+
+    def before(session: Session) -> None:
+        training.memory.rehearse(session)
+        rehearsed.append(session.row_limits)
+        original(session)
+
+    monkeypatch.setattr(training.loop, "before_first_update", before)
+    assert run_job(world, tmp_path / "rehearsed", **options) == 0
+    assert rehearsed == [{}]
+    assert same_tree(final_state(tmp_path / "rehearsed"), final_state(tmp_path / "plain"))
+
+
+def test_a_rehearsal_that_runs_short_cuts_the_micro_batches_to_come(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = training.memory.forward_backward
+    limits = []
+
+    def short(session: Session, batch: Any, images: int, *, last: bool) -> Any:
+        if len(batch.visits) > 1:
+            raise torch.OutOfMemoryError("injected")
+        return original(session, batch, images, last=last)
+
+    def before(session: Session) -> None:
+        training.memory.rehearse(session)
+        limits.extend(session.row_limits.values())
+
+    monkeypatch.setattr(training.memory, "forward_backward", short)
+    monkeypatch.setattr(training.loop, "before_first_update", before)
+    assert run_job(world, tmp_path, sample_prompts="none", max_epochs=1, batch_size=4) == 0
+    assert limits == [1]
