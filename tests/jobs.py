@@ -43,9 +43,8 @@ class World:
 
 def make_world(folder: Path, *, prediction_type: str = "epsilon", pictures: int = 7) -> World:
     """A tiny model and the first `pictures` photographs, in three aspect ratios."""
-    from photos import make_photo_folder
-
     from starter.make_model import random_model
+    from tests.photos import make_photo_folder
 
     model = random_model(folder / "model", prediction_type=prediction_type)
     made = sorted(make_photo_folder(folder / "all"))

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from jobs import World, final_state, make_world, run_folder, run_job, stop_after
 
 import training.assembly
+from tests.jobs import World, final_state, make_world, run_folder, run_job, stop_after
 from utils.checkpoint import list_checkpoints
 from utils.models import load_models
 from utils.tree import same_tree
@@ -155,7 +155,7 @@ def test_leaving_a_count_out_of_the_progress_is_noticed(
 
     def without(*arguments: Any) -> Any:
         *others, progress = arguments
-        return original(*others, dataclasses.replace(progress, **{count: 0}))
+        return original(*others, dataclasses.replace(progress, **{count: 0}))  # type: ignore[call-arg]
 
     monkeypatch.setattr(training.assembly, "_assemble", without)
     assert not same_tree(resume(world, tmp_path, monkeypatch, **RICH), uninterrupted)

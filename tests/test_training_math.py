@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from jobs import World, arguments, final_state, make_world, run_job, watch
 
 import training.loop
-from data.batches import BatchSource, Request
+from data.batches import Batch, BatchSource, Request
 from data.dataset import read_training_set
 from data.workers import requests
 from optimizer.noise import Drawer
+from tests.jobs import World, arguments, final_state, make_world, run_job, watch
 from training.inputs import read_inputs
 from training.session import Session
 from utils.models import Models, load_models, tokenize
@@ -61,7 +61,7 @@ def independent_loop(world: World, logdir: Path, options: dict[str, Any]) -> Mod
         for update in data.plan(epoch):
             for request in requests([update]):
                 loss = _plain_loss(models, scheduler, source, request, options, compute_snr)
-                (loss.sum() / update.images).backward()
+                torch.autograd.backward(loss.sum() / update.images)
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
@@ -75,6 +75,7 @@ def _plain_loss(
     models: Models, scheduler: Any, source: BatchSource, request: Request, options: dict[str, Any], compute_snr: Any
 ) -> torch.Tensor:
     batch = source[request]
+    assert isinstance(batch, Batch)
     pixels = batch.pixels.float() / 127.5 - 1
     draws = batch.draws
     noise = draws.noise.clone()
@@ -96,6 +97,7 @@ def _plain_loss(
         snr = compute_snr(scheduler, draws.timesteps)
         weight = snr.clamp(max=gamma) / (snr + 1 if velocity else snr)
         loss = loss * weight
+    assert isinstance(loss, torch.Tensor)
     return loss
 
 

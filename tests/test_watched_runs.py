@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from jobs import World, final_state, make_world, run_folder, run_job, stop_after
 
+from tests.jobs import World, final_state, make_world, run_folder, run_job, stop_after
 from utils.gallery import jpeg_with_settings, strip
 from utils.tree import same_tree
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from jobs import World, arguments, final_state, make_world, run_folder, run_job, stop_after, watch
 
 import training.loop
 import training.memory
+from tests.jobs import World, arguments, final_state, make_world, run_folder, run_job, stop_after, watch
 from training.session import Session
 from utils.tree import same_tree
 
@@ -389,7 +389,7 @@ def test_a_rehearsal_that_runs_short_cuts_the_micro_batches_to_come(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original = training.memory.forward_backward
-    limits = []
+    limits: list[int] = []
 
     def short(session: Session, batch: Any, images: int, *, last: bool) -> Any:
         if len(batch.visits) > 1:

@@ -76,14 +76,12 @@ class DataOptions:
     )
     shuffle_tags: bool = option(False, "shuffle the tags after the main prompt, in a new order at every visit")
     keep_tags: int = option(0, "the first so many tags after the main prompt stay in place", low=0)
-    rated_dataset: bool = option(
-        False, "use fewer pictures from epoch to epoch, the best rated the longest"
-    )
+    rated_dataset: bool = option(False, "use fewer pictures from epoch to epoch, the best rated the longest")
     rated_dataset_target_dropout_percent: int = option(
         50, "share of the pictures that a rated data set leaves out in its last epoch", low=0, high=100
     )
     background: str = option("white", "what shows through transparent pictures", choices=("white", "black", "grey"))
-    write_schedule: bool = option(False, "write every epoch's visits to the run folder; with dry_run those of the first one to the current folder")
+    write_schedule: bool = option(False, "write the visits of every epoch; dry_run: of the first one, here")
     check_data: bool = option(False, "decode every picture once and look for duplicates before training")
     data_index: str = option(
         "cache",
