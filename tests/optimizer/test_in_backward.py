@@ -52,6 +52,15 @@ def test_gradients_never_all_exist() -> None:
     assert max(most) == 0, "each was used and dropped before the next one came"
 
 
+def test_an_infinite_loss_with_finite_gradients_stops_the_update() -> None:
+    part = small_part({"lr": 1e-3}, memory=INSIDE)
+    updater = UpdaterInBackward([part], seed=0)
+    before = copies(part)
+    updater.backward(losses(part, 0) + float("inf"), torch.ones(4), 4, done=0, last=True)
+    assert not updater.step(0).applied
+    assert all(torch.equal(parameter, before[name]) for name, parameter in part.parameters.items())
+
+
 def test_a_bad_loss_stops_the_update_and_a_bad_gradient_its_weight() -> None:
     part = small_part({"lr": 1e-3}, memory=INSIDE)
     updater = UpdaterInBackward([part], seed=0)

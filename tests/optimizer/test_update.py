@@ -114,7 +114,7 @@ OPTIMIZERS = ["adamw", "adamw8bit", "lion", "prodigy", "adamw_schedulefree", "ad
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("where", ["loss", "gradient"])
+@pytest.mark.parametrize("where", ["loss", "loss alone", "gradient"])
 @pytest.mark.parametrize("clip", [None, 1.0])
 def test_a_bad_update_reaches_no_weight_and_no_moment(optimizer: str, where: str, clip: float | None) -> None:
     def train(bad: int | None) -> tuple[Part, Updater]:
@@ -125,6 +125,8 @@ def test_a_bad_update_reaches_no_weight_and_no_moment(optimizer: str, where: str
                 spoilt = losses(part, step)
                 if where == "loss":
                     spoilt = spoilt * torch.tensor([1.0, float("nan"), 1.0, 1.0])
+                if where == "loss alone":  # its gradients are finite
+                    spoilt = spoilt + float("inf")
                 updater.backward(spoilt, torch.ones(4), 4, done=step, last=True)
                 if where == "gradient":
                     gradient = part.parameters["0.bias"].grad
