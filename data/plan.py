@@ -93,12 +93,13 @@ def count_visits(
     items: Sequence[Placed], *, seed: int, epochs: int, rated_target_percent: float | None = None
 ) -> tuple[int, ...]:
     """The visits of each epoch of the run (see `count_updates`)."""
-    groups = _group_sizes(items)
+    everything = _group_sizes(items)
     counts: list[int] = []
     for epoch in range(epochs):
+        used = everything
         if rated_target_percent is not None:
-            groups = _rated_sizes(items, groups, rated_target_percent, seed, epoch, epochs)
-        counts.append(sum(len(_turns(size, multiply, epoch)) for multiply, size in groups.items()))
+            used = _rated_sizes(items, everything, rated_target_percent, seed, epoch, epochs)
+        counts.append(sum(len(_turns(size, multiply, epoch)) for multiply, size in used.items()))
     return tuple(counts)
 
 

@@ -56,6 +56,14 @@ def test_nearest_is_nearest_in_log_ratio(size: tuple[int, int], resolution: int,
     assert 0 <= crop_loss(width, height, found) < 1
 
 
+def test_the_edge_is_the_geometric_mean() -> None:
+    buckets = compute_buckets(512, 64)
+    for narrow, wide in itertools.pairwise(buckets):
+        edge = math.sqrt(narrow.width / narrow.height * wide.width / wide.height)
+        assert nearest_bucket(round(1e6 * edge * 0.9999), 10**6, buckets) == narrow
+        assert nearest_bucket(round(1e6 * edge * 1.0001), 10**6, buckets) == wide
+
+
 def _mean_loss(sizes: list[tuple[int, int]], buckets: tuple[Bucket, ...]) -> float:
     return sum(crop_loss(*size, nearest_bucket(*size, buckets)) for size in sizes) / len(sizes)
 

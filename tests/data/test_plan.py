@@ -69,7 +69,7 @@ def test_every_visit_once_in_equal_unmixed_updates(
             assert len(parts) == -(-sum(parts) // batch_size)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(items=folders(), epochs=st.integers(1, 6), percent=st.sampled_from([None, 0.0, 40.0, 100.0]))
 def test_count_updates_is_exact(items: list[Placed], epochs: int, percent: float | None) -> None:
     expected = []
@@ -80,6 +80,17 @@ def test_count_updates_is_exact(items: list[Placed], epochs: int, percent: float
         expected.append(len(plan_epoch(used, batch_size=3, grad_accum=2, seed=9, epoch=epoch)))
     counts = count_updates(items, batch_size=3, grad_accum=2, seed=9, epochs=epochs, rated_target_percent=percent)
     assert list(counts) == expected
+
+
+def test_count_when_the_rating_leaves_one_multiplier() -> None:
+    items = [(make_item("a.jpg", 1, rating=3), BUCKETS[0]), (make_item("b.jpg", 0, rating=1), BUCKETS[0])]
+    for seed in range(20):
+        planned = [
+            len(visits_of(plan_epoch(used, batch_size=1, grad_accum=1, seed=seed, epoch=epoch)))
+            for epoch in range(6)
+            for used in [select_rated(items, target_percent=100, seed=seed, epoch=epoch, epochs=6)]
+        ]
+        assert list(count_visits(items, seed=seed, epochs=3, rated_target_percent=50)) == planned
 
 
 def folder(count: int, buckets: int = 4, multiply: float = 1.0) -> list[Placed]:
@@ -137,6 +148,16 @@ def test_fractions_are_shared_fairly(multiply: float, count: int) -> None:
         uses.update(name for name, _ in visits)
         for item, _ in items:
             assert abs(uses[item.id] - (epoch + 1) * multiply) < 1 + 1e-9
+
+
+def test_chance_decides_who_has_the_first_turns() -> None:
+    items = folder(40, multiply=0.5)
+    first = [
+        {name for name, _ in visits_of(plan_epoch(items, batch_size=4, grad_accum=1, seed=seed, epoch=0))}
+        for seed in range(3)
+    ]
+    assert all(len(names) == 20 for names in first)
+    assert len(set(map(frozenset, first))) == 3
 
 
 def test_multiply_zero_leaves_out() -> None:

@@ -28,14 +28,14 @@ def test_lines(tmp_path: Path) -> None:
         Update((MicroBatch(wide, (visit("c.png", wide),)), MicroBatch(tall, (visit("d.png", tall),)))),
     )
     expected = [
-        "update:00012, micro:0, wh:[640, 384], batch_id:, path:a.png, caption:of a",
-        "update:00012, micro:0, wh:[640, 384], batch_id:pair, path:b\\n.png, caption:of b",
-        "update:00013, micro:0, wh:[640, 384], batch_id:, path:c.png, caption:of c",
-        "update:00013, micro:1, wh:[384, 640], batch_id:, path:d.png, caption:of d",
+        "update:00012, micro:0, wh:[640, 384], batch_id:, path:a.png, caption:of a\\x1b",
+        "update:00012, micro:0, wh:[640, 384], batch_id:pair, path:b\\n.png, caption:of b\\x1b",
+        "update:00013, micro:0, wh:[640, 384], batch_id:, path:c.png, caption:of c\\x1b",
+        "update:00013, micro:1, wh:[384, 640], batch_id:, path:d.png, caption:of d\\x1b",
     ]
 
     def caption(visit: Visit) -> str:
-        return f"of {render(visit.item.caption, random.Random(0), shuffle_tags=False, keep_tags=0)}"
+        return f"of {render(visit.item.caption, random.Random(0), shuffle_tags=False, keep_tags=0)}\x1b"
 
     assert list(schedule_lines(updates, caption, first_update=12)) == expected
     path = write_schedule(tmp_path, 3, updates, caption, first_update=12)
