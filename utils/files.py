@@ -78,6 +78,8 @@ def atomic_file(path: Path, owner: str = "") -> Iterator[Path]:
     """A path to write to; when the block ends well its file, synced, becomes `path`; otherwise nothing is left."""
     partial = partial_path(path, owner)
     try:
+        # A run that was killed may have left one.
+        partial.unlink(missing_ok=True)
         yield partial
         honour_umask(partial)
         sync_file(partial)

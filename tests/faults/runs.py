@@ -164,8 +164,11 @@ def final_state(logdir: Path) -> Any:
     return load_training_state(found.folder) if found is not None and found.finished and found.has_state else None
 
 
-def inspect(logdir: Path, ended: Ended, figures: RunFigures) -> None:
-    """Count what a hit has left."""
+def inspect(logdir: Path, ended: Ended, figures: RunFigures) -> bool:
+    """Count what a hit has left; whether the run is finished.
+
+    The hit may come between the last save and the end; another job would then start a new run from the finished one.
+    """
     reported = 0
     for run in logdir.iterdir() if logdir.is_dir() else []:
         for folder in (run / "ckpts").iterdir() if (run / "ckpts").is_dir() else []:
@@ -180,6 +183,8 @@ def inspect(logdir: Path, ended: Ended, figures: RunFigures) -> None:
     figures.lost += reached < reported
     figures.most_lost = max(figures.most_lost, ended.update - reached)
     figures.orphans += ended.orphans
+    assert ended.code != 0 or (found is not None and found.finished), "a job that ends well leaves a finished run"
+    return found is not None and found.finished
 
 
 def _saved(log: Path) -> list[str]:
@@ -203,8 +208,7 @@ def kill_until_done(jobs: Jobs, root: Path, expected: Any, kills: int, seed: int
             figures.codes[ended.code] = figures.codes.get(ended.code, 0) + 1
             figures.hits += ended.code == -signal.SIGKILL
             figures.wrong_code += ended.code not in (0, -signal.SIGKILL)
-            inspect(logdir, ended, figures)
-            if ended.code != -signal.SIGKILL:
+            if inspect(logdir, ended, figures):
                 break
         figures.chains += 1
         figures.unequal += not same_tree(final_state(logdir), expected)
@@ -266,10 +270,9 @@ def stop_at_place(jobs: Jobs, root: Path, expected: Any, hits: int, place: str, 
 
 
 def _count(ended: Ended, codes: set[int], logdir: Path, figures: RunFigures) -> bool:
-    """Count how a job ended; whether its chain is at its end."""
+    """Count how a job ended; whether its run is finished."""
     figures.codes[ended.code] = figures.codes.get(ended.code, 0) + 1
     figures.hits += ended.code != 0
     figures.wrong_code += ended.code != 0 and ended.code not in codes
     figures.slowest_stop_seconds = max(figures.slowest_stop_seconds, ended.stop_seconds)
-    inspect(logdir, ended, figures)
-    return ended.code == 0
+    return inspect(logdir, ended, figures)
