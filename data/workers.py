@@ -5,13 +5,12 @@ from __future__ import annotations
 import multiprocessing
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 from torch.utils.data import DataLoader, Sampler
 
-from data.batches import Batch, BatchSource, Lost, Movable, Request
-from data.item import Bucket, Item, Update
-from utils.config import DataOptions
+from data.batches import Batch, BatchSource, Lost, Request
+from data.item import Update
 from utils.errors import UserError, printable
 from utils.logs import LOGGER
 from utils.seeding import tensor_stream
@@ -42,17 +41,10 @@ class Batches:
     """
 
     def __init__(
-        self,
-        options: DataOptions,
-        seed: int,
-        draw: Callable[[Request], Movable],
-        pools: Mapping[Bucket, Sequence[Item]] | None = None,
-        *,
-        pin_memory: bool = False,
-        patience_seconds: float = PATIENCE_SECONDS,
+        self, source: BatchSource, *, pin_memory: bool = False, patience_seconds: float = PATIENCE_SECONDS
     ) -> None:
-        self._options, self._seed, self._pin_memory, self._patience = options, seed, pin_memory, patience_seconds
-        self._source = BatchSource(options, seed, draw, pools)
+        self._source, self._options = source, source.options
+        self._pin_memory, self._patience = pin_memory, patience_seconds
         self._queue = _Queue()
         self._loader = self._new_loader()
 
@@ -69,7 +61,7 @@ class Batches:
             pin_memory=self._pin_memory,
             timeout=self._patience if workers else 0,
             # Without its own generator, iter(DataLoader) would draw from torch's global one.
-            generator=tensor_stream(self._seed, "workers"),
+            generator=tensor_stream(self._source.seed, "workers"),
         )
 
     def epoch(self, updates: Sequence[Update], done: int = 0) -> Iterator[Batch]:

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from data.batches import BatchSource
 from data.dataset import TrainingSet
 from data.probes import Probe, Validation
 from data.substitutes import pools
@@ -161,7 +162,8 @@ def build_batches(models: Models, options: Options, data: TrainingSet, device: D
         vae_factor=models.vae_factor,
         context_shape=(models.max_tokens, models.context_width),
     )
-    return Batches(options.data, data.seed, drawer, pools(data.placed), pin_memory=device.is_cuda)
+    source = BatchSource(options.data, data.seed, drawer, pools(data.placed))
+    return Batches(source, pin_memory=device.is_cuda)
 
 
 def build_gallery(
