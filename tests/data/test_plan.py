@@ -90,7 +90,7 @@ def test_count_when_the_rating_leaves_one_multiplier() -> None:
             for epoch in range(6)
             for used in [select_rated(items, target_percent=100, seed=seed, epoch=epoch, epochs=6)]
         ]
-        assert list(count_visits(items, seed=seed, epochs=3, rated_target_percent=50)) == planned
+        assert list(count_visits(items, seed=seed, epochs=6, rated_target_percent=100)) == planned
 
 
 def folder(count: int, buckets: int = 4, multiply: float = 1.0) -> list[Placed]:
