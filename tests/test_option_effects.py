@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from tests.option_lab import Lab, WandbDouble, same
-from utils.config import SECTIONS
+from utils.config import SECTIONS, Options
 from utils.schema import option_fields
 
 Row = Callable[[Lab], None]
@@ -93,8 +93,8 @@ def the_seed_decides_the_draws(lab: Lab) -> None:
 
 @row("max_epochs")
 def epochs_end_the_run(lab: Lab) -> None:
-    assert lab.run(max_epochs=1, max_steps=None).last.name.endswith("ep01-gs00003")
     assert "dry run: 6 updates" in lab.run(max_epochs=2, max_steps=None, dry_run=True).told
+    assert lab.run(max_epochs=1, max_steps=None).last.name.endswith("ep01-gs00003")
 
 
 @row("max_steps")
@@ -125,11 +125,13 @@ def the_file_is_read_again(lab: Lab) -> None:
     from training.loop import train
 
     for on, expected in ((True, 0.5), (False, 0.0)):
-        with lab.session(load_settings_every_epoch=on, max_epochs=2, cond_dropout=0.0) as session:
-            path = Path(session.inputs.options.run.config)
+        changes = {"load_settings_every_epoch": on, "cond_dropout": 0.0, "batch_size": 6, "max_steps": 2}
+        with lab.session(**changes) as session:
+            path = Path(session.options.run.config)
             path.write_text(json.dumps({**json.loads(path.read_text()), "cond_dropout": 0.5}))
             train(session)
-            assert session.options.data.cond_dropout == (0.0 if session.progress.epoch == 0 else expected)
+            assert session.progress.epoch == 2
+            assert session.options.data.cond_dropout == expected
 
 
 # --- model
@@ -942,3 +944,22 @@ def only_deterministic_algorithms_run(lab: Lab) -> None:
 @pytest.mark.parametrize("option", sorted(ROWS))
 def test_option_has_its_effect(option: str, lab: Lab) -> None:
     ROWS[option](lab)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("option", sorted(ROWS.keys() - {"config"}))
+def test_row_fails_when_the_option_is_ignored(option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The negative control: accepted, checked, and then not looked at."""
+    import training.inputs
+    import utils.options
+
+    assemble = utils.options.assemble
+
+    def deaf(given: Mapping[str, Any]) -> Options:
+        return assemble({name: value for name, value in given.items() if name != option})
+
+    fresh = Lab(tmp_path)
+    for module in (utils.options, training.inputs):
+        monkeypatch.setattr(module, "assemble", deaf)
+    with pytest.raises((Exception, pytest.fail.Exception)):
+        ROWS[option](fresh)
