@@ -111,7 +111,7 @@ def build_part(
     optimizer_name = default_optimizer(device_type) if settings.optimizer is None else settings.optimizer
     check_memory(memory, optimizer_name)
     if memory.bf16_weights:
-        module.to(torch.bfloat16)
+        nn.Module.to(module, torch.bfloat16)  # Diffusers' own `to` warns of an empty list of exceptions
     optimizers = [
         make_optimizer(optimizer_name, group, settings.lr, settings.parameters)
         for group in _groups(list(parameters.values()), memory)
