@@ -42,6 +42,7 @@ def test_common_buckets_at_512() -> None:
     assert {Bucket(512, 512), Bucket(576, 384), Bucket(640, 384), Bucket(384, 576)} <= set(compute_buckets(512, 64))
 
 
+@settings(deadline=None)
 @given(size=SIZES, resolution=st.sampled_from([64, 512, 768]), step=st.sampled_from([8, 64]))
 def test_nearest_is_nearest_in_log_ratio(size: tuple[int, int], resolution: int, step: int) -> None:
     buckets = compute_buckets(resolution, step)

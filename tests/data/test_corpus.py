@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -20,18 +21,26 @@ from tests.data.corpus import BROKEN, GOOD, HEIGHT, JUNK, WIDTH, Kind
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="file names and pipes of Unix")
 
 
-@pytest.fixture(autouse=True)
-def watchdog() -> Iterator[None]:
-    """No file may hold the program for five seconds."""
+@contextmanager
+def five_seconds() -> Iterator[None]:
+    """No file may hold the program for longer."""
 
     def bark(_number: int, _frame: object) -> None:
         raise TimeoutError("a file held the program for five seconds")
 
     old = signal.signal(signal.SIGALRM, bark)
     signal.setitimer(signal.ITIMER_REAL, 5.0)
-    yield
-    signal.setitimer(signal.ITIMER_REAL, 0.0)
-    signal.signal(signal.SIGALRM, old)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.signal(signal.SIGALRM, old)
+
+
+@pytest.fixture(autouse=True)
+def _watchdog() -> Iterator[None]:
+    with five_seconds():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +55,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def found(folder: Path) -> Found:
-    return find_data([folder])
+    with five_seconds():
+        return find_data([folder])
 
 
 def test_there_are_enough_kinds() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -27,6 +27,7 @@ def save(path: Path, image: Image.Image) -> Item:
     return Item(path.name, str(path), *image.size, Caption(""))
 
 
+@settings(deadline=None)
 @given(width=SIDES, height=SIDES, bucket=st.builds(Bucket, SIDES, SIDES), seed=st.integers(0, 99))
 def test_crop_lies_inside_and_has_the_shape(width: int, height: int, bucket: Bucket, seed: int) -> None:
     crop = draw_crop(width, height, bucket, rng=random.Random(seed), flip_p=0.5, crop_jitter=0.02)
@@ -36,6 +37,7 @@ def test_crop_lies_inside_and_has_the_shape(width: int, height: int, bucket: Buc
     assert math.isclose(ratio, bucket.width / bucket.height, rel_tol=1e-6)
 
 
+@settings(deadline=None)
 @given(width=st.integers(64, 70), height=st.integers(64, 70), seed=st.integers(0, 99))
 def test_jitter_never_makes_an_image_too_small(width: int, height: int, seed: int) -> None:
     bucket = Bucket(64, 64)
