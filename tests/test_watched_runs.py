@@ -114,7 +114,7 @@ def test_the_board_is_laid_out(watched: Path) -> None:
 
     tags = EventAccumulator(str(run_folder(watched)), size_guidance={"images": 0}).Reload().Tags()
     assert {"config/text_summary", "data/text_summary", "custom_scalars__config__"} <= set(tags["tensors"])
-    assert {"sample_000_a_cat", "sample_000_ema_a_cat"} <= set(tags["images"])
+    assert {"sample_000_a_cat", "sample_000_ema_a_cat", "first_update"} <= set(tags["images"])
     assert tags["histograms"] == ["timesteps"]
     assert {"loss/log_step", "loss/epoch", "hyperparameter/lr unet", "performance/images per second"} <= set(
         tags["scalars"]
@@ -126,7 +126,7 @@ def test_a_resumed_run_has_the_same_curves(world: World, tmp_path: Path, monkeyp
 
     def outcome(logdir: Path) -> tuple[Any, ...]:
         folder = run_folder(logdir)
-        tags = ("loss/val", "validation/val relative", "loss/log_step")
+        tags = ("loss/val", "validation/val relative", "loss/log_step", "loss/epoch")
         return ([scalars(folder, tag) for tag in tags], (folder / "loss_by_image.csv").read_text(encoding="utf-8"))
 
     options: dict[str, Any] = {"log_step": 1}
