@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from data.dataset import TrainingSet
-from data.lengths import cut_captions
+from data.index import cache_folder
+from data.lengths import CutCaption, cut_captions, load_lengths, save_lengths
 from data.report import write_report
 from data.substitutes import Failures
 from optimizer.settings import part_settings
@@ -187,7 +189,7 @@ def write_inputs(session: Session, inputs: Inputs) -> None:
     write_json(session.run.main_json, values)
     path = Path(session.options.optimizer.optimizer_config)
     write_text(session.run.opt_json, path.read_text(encoding="utf-8-sig") if path.exists() else "{}\n")
-    cut = cut_captions([item for item, _ in session.data.placed], lambda texts: _token_places(session.models, texts))
+    cut = find_cut_captions(session)
     if cut:
         LOGGER.warning("%d captions are longer than the text encoder reads; see cut_captions.txt", len(cut))
     report = session.data.report(cut)
@@ -196,6 +198,20 @@ def write_inputs(session: Session, inputs: Inputs) -> None:
     session.tracker.text("config", "\n".join(f"{name}: {value}" for name, value in values.items()))
     session.tracker.text("data", "\n".join(report.lines))
     session.tracker.hparams(values)
+
+
+def find_cut_captions(session: Session) -> tuple[CutCaption, ...]:
+    """Captions that the text encoder does not read to their end; their lengths are counted once and kept."""
+    models = session.models
+    folder = cache_folder() if session.options.data.data_index != "off" else None
+    name = hashlib.blake2b(b"".join(models.files.tokenizer.values()), digest_size=8).hexdigest()
+    known = {} if folder is None else load_lengths(folder, name)
+    before = len(known)
+    items = [item for item, _ in session.data.placed]
+    cut = cut_captions(items, lambda texts: _token_places(models, texts), known, limit=models.max_tokens - 2)
+    if folder is not None and len(known) > before:
+        save_lengths(folder, name, known)
+    return cut
 
 
 def _token_places(models: Models, texts: Any) -> Any:

@@ -123,6 +123,8 @@ def read_json_object(path: Path) -> dict[str, Any]:
         raise fail(f"is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}") from None
     except RecursionError:
         raise fail("is nested too deeply") from None
+    except ValueError:
+        raise fail("holds a number of thousands of digits") from None
     if not isinstance(value, dict):
         raise fail("must hold a JSON object: { ... }")
     return value

@@ -15,6 +15,8 @@ from typing import Any
 from utils.errors import Problem
 
 _NO_VALUE = object()
+# Of a whole number that a float can hold.
+MOST_BITS = 1023
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +96,8 @@ def check_value(field: OptionField, value: Any, where: str) -> tuple[Any, Proble
 
     kind = field.kind
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        if value.bit_length() > MOST_BITS:
+            return wrong("must be a finite number")
         value = float(value)
     if kind is tuple and isinstance(value, str):
         value = [value]

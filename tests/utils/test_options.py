@@ -86,6 +86,8 @@ def test_mistakes_end_the_program_with_2_before_any_model_library_is_loaded(tmp_
         ("[1]", "must hold a JSON object"),
         ("[" * 100_000, "is nested too deeply"),
         ('{"flip_p": NaN}', "flip_p = nan: must be a finite number"),
+        ('{"lr": ' + "9" * 400 + "}", "must be a finite number"),
+        ('{"lr": ' + "9" * 5000 + "}", "holds a number of thousands of digits"),
         ('{"batch_size": true}', "batch_size = True: must be a whole number"),
         ('{"shuffle_tags": 1}', "shuffle_tags = 1: must be true or false"),
         ('{"resolution": 500}', "resolution = 500: must be a multiple of bucket_step (64)"),
