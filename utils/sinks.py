@@ -20,6 +20,7 @@ from utils.logs import LOGGER, append_whole
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+LONGEST_WAIT_SECONDS = 1000.0
 PICTURE_SIDE = 1536
 PICTURE_BYTES = 200 * 2**10
 PICTURE_BUDGET = 256 * 2**20
@@ -216,7 +217,7 @@ class Guard:
         self.name = name
         self._opener = opener
         self._sink: Sink | None = None
-        self._retry_seconds = retry_seconds
+        self._first_wait = self._wait = retry_seconds
         self._retry_at = 0.0
         self._told = False
         self._waiting: deque[tuple[str, tuple[Any, ...]]] = deque(maxlen=10_000)
@@ -241,13 +242,17 @@ class Guard:
             if self._waiting and not isinstance(error, OSError):
                 self._waiting.popleft()  # what cannot be written at all must not hold up the rest
             self._sink = None
-            self._retry_at = time.monotonic() + self._retry_seconds
+            self._retry_at = time.monotonic() + self._wait
+            # A server that cannot be reached may take a minute to say so; that must not become every minute.
+            self._wait = min(2 * self._wait, LONGEST_WAIT_SECONDS)
             if not self._told:
                 self._told = True
                 LOGGER.warning(
-                    "%s cannot be written (%s: %s); training goes on and it is tried again every %.0f s",
-                    *(self.name, type(error).__name__, str(error), self._retry_seconds),
+                    "%s cannot be written (%s: %s); training goes on and it is tried again in %.0f s",
+                    *(self.name, type(error).__name__, str(error), self._first_wait),
                 )
+        else:
+            self._wait = self._first_wait
 
     def close(self) -> None:
         """A last try at what has waited; then the sink is closed."""

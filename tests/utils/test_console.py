@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import pty
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,6 +48,8 @@ def test_a_resumed_run_counts_only_its_own_pace() -> None:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no pty")
 def test_a_bar_on_a_terminal_and_the_line_in_the_file(tmp_path: Path) -> None:
+    import pty
+
     main, side = pty.openpty()
     with os.fdopen(side, "w") as stream:
         open_console(stream)
@@ -67,6 +68,8 @@ def test_a_bar_on_a_terminal_and_the_line_in_the_file(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no pty")
 def test_a_terminal_that_goes_away_does_not_end_the_run() -> None:
+    import pty
+
     main, side = pty.openpty()
     stream = os.fdopen(side, "w")
     bar = Bar(10, stream=stream)

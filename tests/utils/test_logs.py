@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import pty
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -109,6 +108,8 @@ def test_lines_wait_while_the_disk_refuses_them(tmp_path: Path, monkeypatch: pyt
 @pytest.mark.skipif(sys.platform == "win32", reason="no pty")
 def test_colour_is_for_terminals(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NO_COLOR", raising=False)
+    import pty
+
     main, side = pty.openpty()
     with os.fdopen(side, "w") as stream:
         open_console(stream)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import json
 import math
+import time
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +134,25 @@ def test_a_sink_that_fails_warns_once_and_comes_back_with_what_it_missed(tmp_pat
     assert [row["update"] for row in rows(run)] == [1, 2, 3]
     assert [e.step for e in board(run).Scalars("loss")] == [1, 2, 3]
     assert console.getvalue().count("cannot be written") == 2, "once for each of the two sinks"
+
+
+def test_tries_become_rarer_and_a_success_ends_that(tmp_path: Path) -> None:
+    tries: list[float] = []
+
+    def opener() -> EventSink:
+        tries.append(time.monotonic())
+        if len(tries) < 4:
+            raise OSError("no")
+        return EventSink(tmp_path)
+
+    guard = Guard("sink", opener, retry_seconds=0.02)
+    while len(tries) < 4:
+        guard.call("scalars", 1, {"loss": 1.0})
+    waits = [after - before for before, after in pairwise(tries)]
+    assert waits[0] >= 0.02
+    assert waits[1] >= 0.04
+    assert waits[2] >= 0.08
+    assert guard._wait == 0.02
 
 
 def test_after_a_failure_in_a_resumed_run_newer_rows_stay(tmp_path: Path) -> None:
