@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import io
 import json
 import shutil
 import socket
@@ -18,6 +19,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from PIL import Image
 
 PAGES = {
     "scalars": "#timeseries",
@@ -125,8 +128,9 @@ class Browser:
         return text
 
     def photograph(self, path: Path) -> None:
-        """Write a PNG of the page."""
-        path.write_bytes(base64.b64decode(self._call("GET", f"{self._session}/screenshot", None)))
+        """Write a PNG of the page, in as few colours as it needs to look right."""
+        data = base64.b64decode(self._call("GET", f"{self._session}/screenshot", None))
+        Image.open(io.BytesIO(data)).convert("RGB").quantize(192).save(path, optimize=True)
 
     def close(self) -> None:
         """End the browser."""

@@ -15,6 +15,7 @@ from utils.schema import option, read_values
 from utils.seeding import random_seed, stream
 
 CFGS = (7.0, 4.0, 1.01)
+COMMENTS = ("doc", "documentation")
 MOST_CAPTIONS = 4
 LEAST_SIDE, MOST_SIDE = 16, 4096
 LATENT_STEP = 8
@@ -185,8 +186,7 @@ def read_sample_json(path: Path, batch_size: int) -> tuple[SampleFile, tuple[Sam
     Raises `ProblemsError` with everything that is wrong with it.
     """
     where = str(path)
-    raw = read_json_object(path)
-    raw.pop("doc", None)
+    raw = {key: value for key, value in read_json_object(path).items() if key not in COMMENTS}
     values, problems = read_values(SampleFile, raw, where)
     values["cfgs"], wrong = _cfgs(values.get("cfgs"), where, "cfgs")
     problems += wrong

@@ -68,6 +68,8 @@ def test_when_samples_are_due(tmp_path: Path) -> None:
 
 def test_every_key_of_a_file_counts(tmp_path: Path) -> None:
     settings = {
+        "doc": "a remark",
+        "documentation": {"resolution": "a remark"},
         "resolution": 768,
         "cfgs": [5, 1],
         "batch_size": 3,
