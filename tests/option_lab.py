@@ -119,8 +119,6 @@ class Lab:
                 path.unlink()
                 path.with_suffix(".txt").unlink()
         self.write("optimizer.json", {"base": {"optimizer": "adamw", "lr": 1e-3}})
-        never = {"generate_pretrain_samples": False, "generate_samples_every_n_steps": 10**6}
-        self.write("no_samples.json", never)
 
     def write(self, name: str, content: object) -> str:
         """The path of a JSON file with `content`."""
@@ -141,7 +139,7 @@ class Lab:
             "num_workers": 0,
             "device": "cpu",
             "optimizer_config": str(self.folder / "optimizer.json"),
-            "sample_prompts": str(self.folder / "no_samples.json"),
+            "sample_prompts": "none",
             "log_step": 1,
             "no_save_ckpt": True,
             "data_index": "off",

@@ -752,15 +752,16 @@ def these_prompts_are_drawn(lab: Lab) -> None:
     content = {"cfgs": [1.0], "num_inference_steps": 1, "resolution": 64, "samples": [{"prompt": "blue tree"}]}
     prompts.write_text(json.dumps(content))
     assert lab.run().samples == []
-    assert lab.run(sample_prompts=str(prompts), max_steps=1).samples == ["gs00000-000-blue-tree.jpg"]
+    names = [f"gs0000{update}-000-blue-tree.jpg" for update in (0, 1)]
+    assert lab.run(sample_prompts=str(prompts), max_steps=1).samples == names, "before the first and after the last"
 
 
 @row("sample_steps")
 def samples_come_so_often(lab: Lab) -> None:
     file = one_sample(lab, generate_pretrain_samples=False)
-    names = [lab.run(sample_prompts=file, sample_steps=steps).samples for steps in (1, 2)]
-    assert [name[:7] for name in names[0]] == ["gs00001", "gs00002"]
-    assert [name[:7] for name in names[1]] == ["gs00002"]
+    names = [lab.run(sample_prompts=file, sample_steps=steps, max_steps=3).samples for steps in (1, 2)]
+    assert [name[:7] for name in names[0]] == ["gs00001", "gs00002", "gs00003"]
+    assert [name[:7] for name in names[1]] == ["gs00002", "gs00003"], "and of the finished run"
 
 
 # --- checkpoints
