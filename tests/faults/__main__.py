@@ -72,9 +72,12 @@ def whole_runs(jobs: runs.Jobs, expected: Any, seconds: float) -> dict[str, tupl
         return runs.stop_until_done(jobs, folder, expected, count, 1, seconds, how)
 
     def placed(place: str, number: signal.Signals, folder: Path, count: int) -> Any:
-        return runs.stop_at_place(jobs, folder, expected, count, place, number, True)
+        return runs.stop_at_place(jobs, folder, expected, count, place, number)
 
-    tests: dict[str, tuple[int, Test]] = {KILLED: (200, killed)}
+    def workers(folder: Path, count: int) -> Any:
+        return runs.kill_workers(jobs, folder, expected, count, 1, seconds / 2)
+
+    tests: dict[str, tuple[int, Test]] = {KILLED: (200, killed), "kill -9 of workers": (50, workers)}
     tests |= {how: (50, partial(stopped, how)) for how in runs.GENTLE}
     for place in runs.PLACES:
         for number in (signal.SIGTERM, signal.SIGINT):

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from utils.checkpoint import load_training_state, prove
 from utils.errors import UserError
@@ -22,6 +22,9 @@ from utils.findlast import find_last
 from utils.tree import same_tree
 
 PROJECT = "job"
+Target = Literal["process", "group", "worker"]
+TOKENS = {"HF_TOKEN": "hf_canary_8d1f6c", "WANDB_API_KEY": "wandb_canary_3b9e02"}
+"""In the environment of every job; not one byte of them may be written anywhere."""
 OPTIONS: dict[str, Any] = {
     "max_epochs": 6,
     "ckpt_every_n_minutes": 0.005,
@@ -59,8 +62,8 @@ class Jobs:
         source = self._world.model if found is None else "findlast"
         return arguments(self._world, logdir, **{**self._options, "resume_ckpt": source, **options})
 
-    def run(self, logdir: Path, *signals: tuple[float, int, bool], hit: Any = None, **options: Any) -> Ended:
-        """Run the next job of a chain; `signals` are (seconds since the one before, number, to the whole group)."""
+    def run(self, logdir: Path, *signals: tuple[float, int, Target], hit: Any = None, **options: Any) -> Ended:
+        """Run the next job of a chain; `signals` are (seconds since the one before, number, to whom)."""
         arguments = self.arguments(logdir, **options)
         marks = self._folder / "marks"
         marks.write_text("")
@@ -69,12 +72,15 @@ class Jobs:
         self._process.stdin.write(json.dumps(request).encode() + b"\n")
         self._process.stdin.flush()
         pid, signalled = int(self._line()), None
-        for seconds, number, group in signals:
+        for seconds, number, target in signals:
             if self._ended_within(seconds):
                 break
             signalled = time.monotonic() if signalled is None else signalled
             with suppress(ProcessLookupError):
-                os.killpg(pid, number) if group else os.kill(pid, number)
+                if target == "group":
+                    os.killpg(pid, number)
+                else:
+                    os.kill(pid if target == "process" else _worker(pid), number)
         code = int(self._line())
         stop_seconds = 0.0 if signalled is None else time.monotonic() - signalled
         updates = [int(word) for word in marks.read_text().split()]
@@ -106,7 +112,7 @@ def jobs(folder: Path, world: Any, **options: Any) -> Iterator[Jobs]:
         stderr=subprocess.DEVNULL,
         # Unbuffered, so that select sees every line that readline has not taken.
         bufsize=0,
-        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())},
+        env=os.environ | TOKENS | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())},
     ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"ready\n"
@@ -116,6 +122,16 @@ def jobs(folder: Path, world: Any, **options: Any) -> Iterator[Jobs]:
             assert process.stdin is not None
             process.stdin.close()
             process.kill()
+
+
+def _worker(pid: int) -> int:
+    """A worker of the job `pid`; raises ProcessLookupError when it has none just now."""
+    for entry in sorted(Path("/proc").glob("[0-9]*/stat")):
+        with suppress(OSError, IndexError):
+            fields = entry.read_text().rpartition(")")[2].split()
+            if fields[1] == str(pid) and fields[0] != "Z":
+                return int(entry.parent.name)
+    raise ProcessLookupError
 
 
 def _orphans(group: int, patience_seconds: float = 10.0) -> int:
@@ -203,8 +219,8 @@ def kill_until_done(jobs: Jobs, root: Path, expected: Any, kills: int, seed: int
         while True:
             workers = chance.choice([0, 0, 1, 2])
             moment = chance.uniform(0.0, seconds)
-            group = chance.random() < 0.5
-            ended = jobs.run(logdir, (moment, signal.SIGKILL, group), num_workers=workers)
+            target: Target = chance.choice(["process", "group"])
+            ended = jobs.run(logdir, (moment, signal.SIGKILL, target), num_workers=workers)
             figures.codes[ended.code] = figures.codes.get(ended.code, 0) + 1
             figures.hits += ended.code == -signal.SIGKILL
             figures.wrong_code += ended.code not in (0, -signal.SIGKILL)
@@ -215,14 +231,29 @@ def kill_until_done(jobs: Jobs, root: Path, expected: Any, kills: int, seed: int
     return figures
 
 
-GENTLE: dict[str, tuple[tuple[int, bool], ...]] = {
-    "SIGTERM to the process": ((signal.SIGTERM, False),),
-    "SIGTERM to the group": ((signal.SIGTERM, True),),
-    "SIGTERM to both": ((signal.SIGTERM, False), (signal.SIGTERM, True)),
-    "SIGINT once": ((signal.SIGINT, True),),
-    "SIGINT twice": ((signal.SIGINT, True), (signal.SIGINT, True)),
+def kill_workers(jobs: Jobs, root: Path, expected: Any, hits: int, seed: int, seconds: float) -> RunFigures:
+    """Jobs, each of which loses one worker at a random moment and goes on."""
+    chance, figures = random.Random(seed), RunFigures()
+    for _ in range(hits):
+        logdir = root / f"chain-{figures.chains:04}"
+        moments = [chance.uniform(0.0, seconds) for _ in range(2)]
+        kills: list[tuple[float, int, Target]] = [(moment, signal.SIGKILL, "worker") for moment in moments]
+        ended = jobs.run(logdir, *kills, num_workers=2)
+        _count(ended, set(), logdir, figures)
+        figures.hits += ended.stop_seconds > 0
+        figures.chains += 1
+        figures.unequal += not same_tree(final_state(logdir), expected)
+    return figures
+
+
+GENTLE: dict[str, tuple[tuple[int, Target], ...]] = {
+    "SIGTERM to the process": ((signal.SIGTERM, "process"),),
+    "SIGTERM to the group": ((signal.SIGTERM, "group"),),
+    "SIGTERM to both": ((signal.SIGTERM, "process"), (signal.SIGTERM, "group")),
+    "SIGINT once": ((signal.SIGINT, "group"),),
+    "SIGINT twice": ((signal.SIGINT, "group"), (signal.SIGINT, "group")),
 }
-"""What is sent, and whether to the whole group; the second follows within a second."""
+"""What is sent and to whom; the second follows within a second."""
 
 PLACES = {
     "while scanning": "data.dataset:read_training_set",
@@ -254,12 +285,14 @@ def stop_until_done(
     return figures
 
 
-def stop_at_place(jobs: Jobs, root: Path, expected: Any, hits: int, place: str, number: int, group: bool) -> RunFigures:
-    """Jobs that signal themselves when they enter `PLACES[place]`, each then resumed to its end."""
+def stop_at_place(
+    jobs: Jobs, root: Path, expected: Any, hits: int, place: str, number: int, times: int = 1
+) -> RunFigures:
+    """Jobs that signal their group when they enter `PLACES[place]`, each then resumed to its end."""
     figures = RunFigures()
     for chain in range(hits):
         logdir = root / f"chain-{chain:04}"
-        hit = [PLACES[place], int(number), group]
+        hit = [PLACES[place], int(number), times]
         ended = jobs.run(logdir, hit=hit, num_workers=chain % 3)
         done = _count(ended, {130 if number == signal.SIGINT else 143}, logdir, figures)
         if not done:
