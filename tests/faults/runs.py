@@ -270,7 +270,7 @@ def stop_until_done(
 ) -> RunFigures:
     """Chains of jobs that get the signals of `GENTLE[how]` at a random moment, until `hits` have met a living job."""
     chance, figures = random.Random(seed), RunFigures()
-    codes = {130} if GENTLE[how][0][0] == signal.SIGINT else {143}
+    codes = _codes(GENTLE[how][0][0])
     while figures.hits < hits:
         logdir = root / f"chain-{figures.chains:04}"
         while True:
@@ -294,12 +294,17 @@ def stop_at_place(
         logdir = root / f"chain-{chain:04}"
         hit = [PLACES[place], int(number), times]
         ended = jobs.run(logdir, hit=hit, num_workers=chain % 3)
-        done = _count(ended, {130 if number == signal.SIGINT else 143}, logdir, figures)
+        done = _count(ended, _codes(number), logdir, figures)
         if not done:
             _count(jobs.run(logdir), set(), logdir, figures)
         figures.chains += 1
         figures.unequal += not same_tree(final_state(logdir), expected)
     return figures
+
+
+def _codes(number: int) -> set[int]:
+    """What a shell shows as 130 or 143: with everything saved, or before there was anything to save."""
+    return {128 + number, -number}
 
 
 def _count(ended: Ended, codes: set[int], logdir: Path, figures: RunFigures) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import signal
 import sys
 import threading
 from collections.abc import Callable
@@ -71,7 +72,9 @@ def _become_job(request: dict[str, Any]) -> None:
         # What `python train.py` does, with the interpreter's own end: threads are joined, exits run.
         code: Any = train.main(request["arguments"])
     except KeyboardInterrupt:
-        code = -2
+        # As the interpreter ends; a shell shows 130.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
     except BaseException as error:
         import traceback
 
