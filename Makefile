@@ -24,7 +24,7 @@ docs: $(VENV)/.train
 	$(BIN)/python -m utils.file_tree
 
 gpu: $(VENV)/.test
-	$(BIN)/python -m pytest -m gpu tests/gpu
+	$(BIN)/python -m pytest -m gpu tests
 	$(BIN)/python -m tests.bench.gpu
 
 faults: $(VENV)/.test

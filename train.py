@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from training.inputs import Inputs, read_inputs
 from utils.console import end_summary
-from utils.errors import EXIT_DONE, EXIT_TRY_LATER, OutOfMemoryError, UserError
+from utils.errors import EXIT_DONE, EXIT_TRY_LATER, UserError
 from utils.logs import FILE_ONLY, LOGGER, close_logs, escape_lines, open_console
 from utils.options import flat
 from utils.seeding import random_seed
@@ -97,11 +97,9 @@ def train_and_save(inputs: Inputs, data: TrainingSet, start: Start) -> int:
     with StopSignal() as stop, open_session(inputs, data, start, stop) as session:
         try:
             train(session)
-        except OutOfMemoryError:
-            # No update is half done: this goes on exactly, once there is room.
-            session.save("interrupted", wait=True)
-            raise
-        except UserError:
+        except UserError as error:
+            # The last update is whole, so this goes on exactly once the cause is mended.
+            session.save("interrupted" if session.exact_after(error) else "errored", wait=True)
             raise
         except Exception:
             # What was learned up to here is worth a look; findlast never takes it, an older checkpoint is exact.

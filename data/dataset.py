@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from data.batches import caption_of
 from data.buckets import compute_buckets, fit_buckets, nearest_bucket
@@ -62,6 +63,12 @@ class TrainingSet:
         return plan_epoch(
             placed, batch_size=options.batch_size, grad_accum=options.grad_accum, seed=self.seed, epoch=epoch
         )
+
+    @property
+    def epochs_begun(self) -> int:
+        """Epochs that the run begins: fewer than `epochs` when `max_steps` ends it earlier."""
+        ends = accumulate(self.updates)
+        return 1 + sum(end < self.total_updates for end in ends)
 
     def bucket_of(self, item: Item) -> Bucket:
         """The size that `item` is cut to."""

@@ -265,6 +265,15 @@ def test_bad_updates_in_a_row_end_the_run(
     code = run_job(world, tmp_path, log_step=1, max_bad_updates=2, sample_prompts="none", max_steps=9)
     assert code == 2
     assert "2 updates in a row" in capsys.readouterr().err
+    (saved,) = (run_folder(tmp_path) / "ckpts").iterdir()
+    assert saved.name.startswith("interrupted-"), "what was learned before is not lost"
+
+
+def test_weights_beyond_half_precision_are_saved_in_full(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_job(world, tmp_path, lr=1e30, max_steps=2, sample_prompts="none") == 0
+    assert "saved in fp32" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("workers", [0, 2])

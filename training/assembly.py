@@ -176,7 +176,7 @@ def announce(session: Session) -> None:
             parameters=parameters,
             images=len(data.placed),
             buckets=len({bucket for _, bucket in data.placed}),
-            epochs=len(data.updates),
+            epochs=data.epochs_begun,
             updates=data.total_updates,
         )
     )

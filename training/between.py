@@ -61,12 +61,12 @@ def after_update(session: Session) -> None:
     obey(session)
 
 
-def after_epoch(session: Session, *, seconds: float, images: int) -> None:
-    """What is due when an epoch is complete; `seconds` and `images` are those of the epoch."""
+def after_epoch(session: Session, *, seconds: float) -> None:
+    """What is due when an epoch is complete; `seconds`: since its start, or since the run went on in it."""
     reading = session.epoch_meter.read()
     values = {"loss/epoch": reading.loss, "performance/minutes per epoch": seconds / 60}
     session.tracker.scalars(session.progress.update, values)
-    LOGGER.info("epoch %d: loss %.4f, %d images", session.progress.epoch, reading.loss, images)
+    LOGGER.info("epoch %d: loss %.4f, %d images", session.progress.epoch, reading.loss, reading.images)
     captions = {item.id: full_text(item) for item, _ in session.data.placed}
     with surviving("the loss ledger"):
         session.ledger.write(session.run.folder, captions)
@@ -163,7 +163,7 @@ def report_skipped(session: Session) -> None:
         raise UserError(
             f"{in_row} updates in a row had a loss or gradients that are not finite (max_bad_updates = "
             f"{session.options.optimizer.max_bad_updates}); lower lr, set clip_grad_norm, or look at the images that "
-            "the log names. The last checkpoint is good: --resume_ckpt findlast goes on from it"
+            "the log names. No weight was changed by them, and all is saved: --resume_ckpt findlast goes on"
         )
 
 

@@ -23,7 +23,7 @@ def train(session: Session) -> None:
 
 def train_epoch(session: Session) -> None:
     """Train what is left of the epoch in hand."""
-    started, images_before = time.perf_counter(), session.progress.images
+    started = time.perf_counter()
     done = session.progress.update_in_epoch
     updates = session.data.plan(session.progress.epoch)
     before_epoch(session, updates)
@@ -36,7 +36,7 @@ def train_epoch(session: Session) -> None:
     if session.progress.update_in_epoch < len(updates):
         return
     session.progress = dataclasses.replace(session.progress, epoch=session.progress.epoch + 1, update_in_epoch=0)
-    after_epoch(session, seconds=time.perf_counter() - started, images=session.progress.images - images_before)
+    after_epoch(session, seconds=time.perf_counter() - started)
 
 
 def train_update(session: Session, update: Update, batches: Iterator[Batch]) -> None:
@@ -47,7 +47,6 @@ def train_update(session: Session, update: Update, batches: Iterator[Batch]) -> 
     session.last = session.updater.step(done)
     if session.ema is not None:
         session.ema.update(done + 1, session.trained())
-    note(session, done + 1, passes)
     progress = session.progress
     session.progress = dataclasses.replace(
         progress,
@@ -57,6 +56,8 @@ def train_update(session: Session, update: Update, batches: Iterator[Batch]) -> 
         seconds=progress.seconds + time.perf_counter() - started,
     )
     session.bar.advance()
+    # Last, for it may end the run: by now weights and counts agree.
+    note(session, done + 1, passes)
 
 
 def accumulate(session: Session, update: Update, batches: Iterator[Batch]) -> list[Pass]:

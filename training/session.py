@@ -14,6 +14,7 @@ from data.substitutes import Failures
 from data.workers import Batches
 from optimizer.build import Part
 from optimizer.ema import Ema
+from optimizer.in_backward import UpdaterInBackward
 from optimizer.objective import Networks, Objective
 from optimizer.update import StepResult, Updater
 from training.inputs import Inputs
@@ -23,6 +24,7 @@ from utils.config import Options
 from utils.console import Bar
 from utils.control import ControlFile
 from utils.device import Device
+from utils.errors import OutOfMemoryError, UserError
 from utils.gallery import Gallery
 from utils.ledger import Ledger
 from utils.logs import LOGGER
@@ -147,6 +149,11 @@ class Session:
             self.writer.save(self.state(), saves)
         self.timetable.saved()
         return results
+
+    def exact_after(self, error: UserError) -> bool:
+        """Whether no update was half done when `error` was raised."""
+        stepped = isinstance(self.updater, UpdaterInBackward) and isinstance(error, OutOfMemoryError)
+        return not stepped
 
     def note_failure(self, visit: Visit, reason: str) -> None:
         """Log a picture that could not be decoded, once.

@@ -17,6 +17,7 @@ from utils.checkpoint import Kind, Progress, Record
 from utils.config import SaveOptions
 from utils.export import check_folder, check_single_file, write_folder, write_single_file
 from utils.files import atomic_file, rename
+from utils.logs import LOGGER
 from utils.modelspec import modelspec
 from utils.writer import Save
 
@@ -95,6 +96,7 @@ class Archive:
         path = self.single_file(record)
         path.parent.mkdir(parents=True, exist_ok=True)
         weights = exported(state, record.ema)
+        dtype = fitting_dtype(weights, dtype)
         metadata = modelspec(
             self.files,
             title=record.name,
@@ -120,9 +122,20 @@ def exported(state: Tree, ema: bool) -> dict[str, dict[str, Tensor]]:
     return {name: {**tensors, **over.get(name, {})} for name, tensors in state["networks"].items()}
 
 
+def fitting_dtype(weights: Mapping[str, Mapping[str, Tensor]], dtype: torch.dtype) -> torch.dtype:
+    """`dtype`, or float32 where a weight is too large for it: better a big file than none."""
+    largest = max(float(tensor.abs().max()) for tensors in weights.values() for tensor in tensors.values())
+    return dtype if largest <= torch.finfo(dtype).max else torch.float32
+
+
 def _write_folder(files: ModelFiles, dtype: torch.dtype, ema: bool, folder: Path, state: Tree) -> None:
-    write_folder(folder, exported(state, ema), files, dtype=dtype)
+    weights = exported(state, ema)
+    fitting = fitting_dtype(weights, dtype)
+    if fitting != dtype:
+        LOGGER.warning("weights have grown too large for fp16, so they are saved in fp32; lower lr")
+    write_folder(folder, weights, files, dtype=fitting)
 
 
 def _check_folder(dtype: torch.dtype, ema: bool, folder: Path, state: Tree) -> None:
-    check_folder(folder, exported(state, ema), dtype)
+    weights = exported(state, ema)
+    check_folder(folder, weights, fitting_dtype(weights, dtype))

@@ -17,6 +17,7 @@ class Reading:
     """Means since the last reading."""
 
     loss: float
+    images: int
     images_per_second: float
 
 
@@ -46,8 +47,9 @@ class Meter:
         now = self._clock()
         seconds = now - self._since - self._paused
         pace = self._images / seconds if seconds > 0 else 0.0
+        reading = Reading(loss, self._images, pace)
         self._loss, self._images, self._since, self._paused = None, 0, now, 0.0
-        return Reading(loss, pace)
+        return reading
 
     def state_dict(self) -> dict[str, Any]:
         """The sum so far; the pace is of this start only."""

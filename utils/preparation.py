@@ -26,7 +26,10 @@ def prepare_networks(models: Models, options: ModelOptions, device: Device) -> d
     _set_attention(models.unet, options.attn_type, device)
     if options.gradient_checkpointing:
         models.unet.enable_gradient_checkpointing()
-        models.text_encoder.gradient_checkpointing_enable()
+        text_encoder: Any = models.text_encoder
+        # Transformers 6 will know the second name only.
+        newer = getattr(text_encoder, "activation_checkpointing_enable", None)
+        (text_encoder.gradient_checkpointing_enable if newer is None else newer)()
         # Both libraries checkpoint in training mode only. The UNet recomputes for the text encoder's sake, too.
         models.unet.train()
         models.text_encoder.train()
