@@ -25,7 +25,8 @@ from PIL import Image
 PAGES = {
     "scalars": "#timeseries",
     "charts": "#custom_scalars",
-    "images": "#images",
+    "images": "#images&tagFilter=sample",
+    "first-update": "#images&tagFilter=first",
     "text": "#text",
     "histograms": "#histograms",
     "hparams": "#hparams",
