@@ -835,6 +835,17 @@ def old_checkpoints_go(lab: Lab) -> None:
     assert lab.run(keep_last_n=2, **saves).ckpts == ["lab-ep00-gs00002", "last-lab-ep01-gs00003"]
 
 
+@row("trigger_words")
+def they_stand_in_the_single_file(lab: Lab) -> None:
+    from safetensors import safe_open
+
+    place = lab.folder / "words"
+    lab.run(trigger_words="zorp, a zorp", no_save_ckpt=False, save_ckpt_dir=str(place), max_steps=1)
+    (path,) = place.glob("*.safetensors")
+    with safe_open(path, framework="pt") as file:
+        assert file.metadata()["modelspec.trigger_phrase"] == "zorp, a zorp"
+
+
 @row("no_prepend_last")
 def the_last_one_has_a_plain_name(lab: Lab) -> None:
     assert lab.run(no_prepend_last=True, max_steps=1).ckpts == ["lab-ep00-gs00001"]

@@ -86,6 +86,16 @@ def test_the_run_folder_holds_what_it_should(done: Path) -> None:
     assert {path.name for path in (done / "files").iterdir()} == {f"{last}.safetensors", f"{average}.safetensors"}
 
 
+def test_the_single_file_shows_what_it_draws(done: Path) -> None:
+    from safetensors import safe_open
+
+    for path in (done / "files").iterdir():
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata()
+        assert metadata["modelspec.thumbnail"].startswith("data:image/jpeg;base64,")
+        assert str(done) not in " ".join(metadata.values()), "no path of this machine"
+
+
 def test_events_and_metrics_hold_the_tags(done: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -15,7 +15,7 @@ from utils.resume import compare_resume
 # are listed. Every other option decides which pictures, draws and weights are meant, so a change of it is an error.
 LISTED = """
     hub_revision hub_variant model_config model_ema prediction_type data_index check_data write_schedule background
-    max_bad_updates
+    max_bad_updates trigger_words
     config project_name run_name logdir dry_run load_settings_every_epoch max_epochs max_steps
     resume_ckpt resume_mode attn_type gradient_checkpointing clip_skip
     data_root num_workers worker_start cond_dropout flip_p crop_jitter shuffle_tags keep_tags

@@ -20,7 +20,7 @@ LIVE = frozenset(
     zero_frequency_noise_ratio pyramid_noise_discount embedding_perturbation input_perturbation
     loss_type min_snr_gamma loss_weighting
     ckpt_every_n_minutes save_every_n_epochs save_ckpts_from_n_epochs save_full_precision save_optimizer
-    no_save_ckpt no_prepend_last keep_last_n save_ckpt_dir log_step max_bad_updates
+    no_save_ckpt no_prepend_last trigger_words keep_last_n save_ckpt_dir log_step max_bad_updates
     ema_sample_nonema_model ema_sample_ema_model load_settings_every_epoch
     """.split()
 )

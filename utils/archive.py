@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import io
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from utils.run_dir import RunDir
     from utils.tree import Tree
 
+PREVIEW_SIDE = 256
 LIBRARIES = ("torch", "diffusers", "transformers")
 
 
@@ -102,7 +104,9 @@ class Archive:
             title=record.name,
             date=datetime.datetime.now(datetime.UTC),
             resolution=int(self.options["resolution"]),
+            trigger_words=_words(self.save.trigger_words),
             options=self.options,
+            preview=preview(self.run.samples),
         )
         with atomic_file(path, self.run.name) as unproven:
             written = write_single_file(unproven, weights, self.files, dtype=dtype, metadata=metadata)
@@ -114,6 +118,27 @@ class Archive:
 def library_versions() -> dict[str, str]:
     """Versions of Python and of the libraries that the numbers come from."""
     return {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}
+
+
+def _words(text: str | None) -> list[str]:
+    return [] if text is None else [word.strip() for word in text.split(",") if word.strip()]
+
+
+def preview(samples: Path) -> bytes | None:
+    """The first of the newest samples, small, as a JPEG; `None` where there is none."""
+    from PIL import Image
+
+    newest = sorted(samples.glob("gs*-000-*.jpg"))[-1:]
+    try:
+        for path in newest:
+            with Image.open(path) as picture:
+                picture.thumbnail((PREVIEW_SIDE, PREVIEW_SIDE))
+                small = io.BytesIO()
+                picture.convert("RGB").save(small, "JPEG", quality=85)
+                return small.getvalue()
+    except OSError:
+        return None
+    return None
 
 
 def exported(state: Tree, ema: bool) -> dict[str, dict[str, Tensor]]:

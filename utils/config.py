@@ -209,6 +209,9 @@ class SaveOptions:
     save_full_precision: bool = option(False, "write fp32 models; not given: fp16")
     save_optimizer: bool = option(False, "keep the training state with every checkpoint; the newest two always have it")
     no_save_ckpt: bool = option(False, "write no single file, only Diffusers folders")
+    trigger_words: str | None = option(
+        None, "words that call up what was learned; written into the metadata of single files, with commas"
+    )
     no_prepend_last: bool = option(False, "no last- before the name of the final checkpoint")
     keep_last_n: int | None = option(None, "checkpoints to keep; not given: all", low=2)
 
