@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent.parent
 # tests/jobs.py imports its neighbours as pytest would.
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from tests.faults import disk, kills, order, runs  # noqa: E402
+from tests.faults import disk, kills, order, runs, starts  # noqa: E402
 from tests.faults.calls import fail_every_call  # noqa: E402
 from tests.faults.damage import damage, forge  # noqa: E402
 
@@ -62,7 +62,7 @@ def _every_call(folder: Path, _count: int) -> Any:
     return fail_every_call(lambda: folder / str(next(number)))
 
 
-def whole_runs(jobs: runs.Jobs, expected: Any, seconds: float) -> dict[str, tuple[int, Test]]:
+def whole_runs(jobs: starts.Jobs, expected: Any, whole: Path, seconds: float) -> dict[str, tuple[int, Test]]:
     """The faults of whole jobs."""
 
     def killed(folder: Path, count: int) -> Any:
@@ -77,7 +77,14 @@ def whole_runs(jobs: runs.Jobs, expected: Any, seconds: float) -> dict[str, tupl
     def workers(folder: Path, count: int) -> Any:
         return runs.kill_workers(jobs, folder, expected, count, 1, seconds / 2)
 
-    tests: dict[str, tuple[int, Test]] = {KILLED: (200, killed), "kill -9 of workers": (50, workers)}
+    def full(folder: Path, count: int) -> Any:
+        return runs.full_disks(jobs, folder, expected, whole, count)
+
+    tests: dict[str, tuple[int, Test]] = {
+        KILLED: (200, killed),
+        "kill -9 of workers": (50, workers),
+        "disk full under jobs": (20, full),
+    }
     tests |= {how: (50, partial(stopped, how)) for how in runs.GENTLE}
     for place in runs.PLACES:
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -118,9 +125,9 @@ def run_jobs(folder: Path, run: Callable[[dict[str, tuple[int, Test]]], None], s
     """Hand `run` the faults of whole jobs, with the jobs and what one that is left alone arrives at."""
     from tests.jobs import make_world
 
-    with runs.jobs(folder, make_world(folder / "world")) as jobs:
+    with starts.jobs(folder, make_world(folder / "world")) as jobs:
         assert jobs.run(folder / "whole").code == 0, jobs.output
-        run(whole_runs(jobs, runs.final_state(folder / "whole"), seconds))
+        run(whole_runs(jobs, runs.final_state(folder / "whole"), folder / "whole", seconds))
 
 
 def _shown(figures: Any) -> str:

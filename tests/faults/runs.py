@@ -2,150 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import os
 import random
-import select
 import signal
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from tests.faults.starts import PROJECT, Ended, Jobs, Target
 from utils.checkpoint import load_training_state, prove
 from utils.errors import UserError
 from utils.findlast import find_last
 from utils.tree import same_tree
-
-PROJECT = "job"
-Target = Literal["process", "group", "worker"]
-TOKENS = {"HF_TOKEN": "hf_canary_8d1f6c", "WANDB_API_KEY": "wandb_canary_3b9e02"}
-"""In the environment of every job; not one byte of them may be written anywhere."""
-OPTIONS: dict[str, Any] = {
-    "max_epochs": 6,
-    "ckpt_every_n_minutes": 0.005,
-    "sample_steps": 4,
-    "ema_decay_rate": 0.9,
-    "ema_update_interval": 1,
-    "keep_last_n": 3,
-}
-
-
-@dataclass
-class Ended:
-    """How a job ended: its exit code (negative: the signal), and the last update it had finished.
-
-    `stop_seconds` is the time from the first signal to the end.
-    """
-
-    code: int
-    update: int
-    stop_seconds: float
-    orphans: int
-
-
-class Jobs:
-    """Starts jobs in `world` from a process that has everything imported."""
-
-    def __init__(self, process: subprocess.Popen[bytes], folder: Path, world: Any, options: dict[str, Any]) -> None:
-        self._process, self._folder, self._world, self._options = process, folder, world, options
-
-    def arguments(self, logdir: Path, **options: Any) -> list[str]:
-        """The command line of the next job of a chain: it goes on if there is something to go on from."""
-        from tests.jobs import arguments
-
-        found = find_last(logdir, PROJECT)
-        source = self._world.model if found is None else "findlast"
-        return arguments(self._world, logdir, **{**self._options, "resume_ckpt": source, **options})
-
-    def run(self, logdir: Path, *signals: tuple[float, int, Target], hit: Any = None, **options: Any) -> Ended:
-        """Run the next job of a chain; `signals` are (seconds since the one before, number, to whom)."""
-        arguments = self.arguments(logdir, **options)
-        marks = self._folder / "marks"
-        marks.write_text("")
-        request = {"arguments": arguments, "output": str(self._folder / "output"), "marks": str(marks), "hit": hit}
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(request).encode() + b"\n")
-        self._process.stdin.flush()
-        pid, signalled = int(self._line()), None
-        for seconds, number, target in signals:
-            if self._ended_within(seconds):
-                break
-            signalled = time.monotonic() if signalled is None else signalled
-            with suppress(ProcessLookupError):
-                if target == "group":
-                    os.killpg(pid, number)
-                else:
-                    os.kill(pid if target == "process" else _worker(pid), number)
-        code = int(self._line())
-        stop_seconds = 0.0 if signalled is None else time.monotonic() - signalled
-        updates = [int(word) for word in marks.read_text().split()]
-        return Ended(code, max(updates, default=0), stop_seconds, _orphans(pid))
-
-    @property
-    def output(self) -> str:
-        """What all jobs so far have written."""
-        return (self._folder / "output").read_text(errors="replace")
-
-    def _line(self) -> str:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        assert line, "the process that starts jobs has died"
-        return line.decode()
-
-    def _ended_within(self, seconds: float) -> bool:
-        assert self._process.stdout is not None
-        return bool(select.select([self._process.stdout], [], [], seconds)[0])
-
-
-@contextmanager
-def jobs(folder: Path, world: Any, **options: Any) -> Iterator[Jobs]:
-    """`Jobs` in `world` with their output in `folder`; `options` over `OPTIONS`."""
-    with subprocess.Popen(
-        [sys.executable, "-m", "tests.faults.zygote"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        # Unbuffered, so that select sees every line that readline has not taken.
-        bufsize=0,
-        env=os.environ | TOKENS | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())},
-    ) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == b"ready\n"
-        try:
-            yield Jobs(process, folder, world, {**OPTIONS, **options})
-        finally:
-            assert process.stdin is not None
-            process.stdin.close()
-            process.kill()
-
-
-def _worker(pid: int) -> int:
-    """A worker of the job `pid`; raises ProcessLookupError when it has none just now."""
-    for entry in sorted(Path("/proc").glob("[0-9]*/stat")):
-        with suppress(OSError, IndexError):
-            fields = entry.read_text().rpartition(")")[2].split()
-            if fields[1] == str(pid) and fields[0] != "Z":
-                return int(entry.parent.name)
-    raise ProcessLookupError
-
-
-def _orphans(group: int, patience_seconds: float = 10.0) -> int:
-    """Processes of the group that are still there when the job has been gone for a while."""
-    end = time.monotonic() + patience_seconds
-    while True:
-        alive = 0
-        for entry in Path("/proc").glob("[0-9]*/stat"):
-            with suppress(OSError, IndexError):
-                fields = entry.read_text().rpartition(")")[2].split()
-                alive += fields[2] == str(group) and fields[0] != "Z"
-        if not alive or time.monotonic() > end:
-            return alive
-        time.sleep(0.02)
 
 
 @dataclass
@@ -244,6 +111,53 @@ def kill_workers(jobs: Jobs, root: Path, expected: Any, hits: int, seed: int, se
         figures.chains += 1
         figures.unequal += not same_tree(final_state(logdir), expected)
     return figures
+
+
+@dataclass
+class FullFigures:
+    """Counts over all jobs on a full disk.
+
+    Args:
+        ended: jobs that did not train to their last update.
+        wrong_code: jobs that ended with another code than 0 (a checkpoint fitted) or 75 (none did).
+        left_behind: hidden half-written files and folders, over all jobs.
+        unequal: jobs whose run, once there was room, did not arrive at the right weights.
+    """
+
+    jobs: int = 0
+    ended: int = 0
+    wrong_code: int = 0
+    left_behind: int = 0
+    unequal: int = 0
+    codes: dict[int, int] = field(default_factory=dict)
+
+
+def full_disks(jobs: Jobs, root: Path, expected: Any, whole: Path, count: int) -> FullFigures:
+    """Jobs that may not write files beyond a size, from 1 kB to all they need, each then run on with room enough."""
+    largest = max(path.stat().st_size for path in whole.rglob("*") if path.is_file())
+    figures = FullFigures()
+    for number in range(count):
+        logdir = root / f"{number}"
+        limit = 1024 + (largest * number) // max(1, count - 1)
+        ended = jobs.run(logdir, limit=limit)
+        figures.jobs += 1
+        figures.codes[ended.code] = figures.codes.get(ended.code, 0) + 1
+        figures.ended += ended.update < _last_update(whole)
+        found = find_last(logdir, PROJECT)
+        finished = found is not None and found.finished
+        figures.wrong_code += ended.code != (0 if finished else 75)
+        hidden = [path for path in logdir.rglob(".*") if path.name != ".lock"]
+        figures.left_behind += len(hidden)
+        if not finished:
+            jobs.run(logdir)
+        figures.unequal += not same_tree(final_state(logdir), expected)
+    return figures
+
+
+def _last_update(whole: Path) -> int:
+    found = find_last(whole, PROJECT)
+    assert found is not None
+    return found.progress.update
 
 
 GENTLE: dict[str, tuple[tuple[int, Target], ...]] = {

@@ -15,15 +15,18 @@ import pytest
 if sys.platform != "linux":
     pytest.skip("forks, kills and signals Linux processes", allow_module_level=True)
 
-from tests.faults import runs
+from tests.faults import runs, starts
 from tests.jobs import make_world
 
 
 @pytest.fixture(scope="module")
-def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[runs.Jobs]:
+def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[starts.Jobs]:
     folder = tmp_path_factory.mktemp("jobs")
     # Four updates, a checkpoint after each.
-    with runs.jobs(folder, make_world(folder / "world"), max_epochs=2, ckpt_every_n_minutes=0, sample_steps=2) as jobs:
+    options = {"max_epochs": 2, "ckpt_every_n_minutes": 0, "sample_steps": 2}
+    with starts.jobs(folder, make_world(folder / "world"), **options) as jobs:
+        folder, make_world(folder / "world"), max_epochs=2, ckpt_every_n_minutes=0, sample_steps=2
+    ) as jobs:
         yield jobs
 
 
@@ -32,15 +35,16 @@ class Whole:
     """What a job that is left alone arrives at, and how long it takes."""
 
     state: Any
+    logdir: Path
     seconds: float
 
 
 @pytest.fixture(scope="module")
-def whole(jobs: runs.Jobs, tmp_path_factory: pytest.TempPathFactory) -> Whole:
+def whole(jobs: starts.Jobs, tmp_path_factory: pytest.TempPathFactory) -> Whole:
     logdir = tmp_path_factory.mktemp("whole")
     started = time.monotonic()
     assert jobs.run(logdir).code == 0, jobs.output
-    return Whole(runs.final_state(logdir), time.monotonic() - started)
+    return Whole(runs.final_state(logdir), logdir, time.monotonic() - started)
 
 
 def promised(figures: runs.RunFigures) -> None:
@@ -49,26 +53,31 @@ def promised(figures: runs.RunFigures) -> None:
     assert bad == (0, 0, 0, 0, 0), figures
 
 
-def test_kill_9_at_random_moments(jobs: runs.Jobs, whole: Whole, tmp_path: Path) -> None:
+def test_kill_9_at_random_moments(jobs: starts.Jobs, whole: Whole, tmp_path: Path) -> None:
     promised(runs.kill_until_done(jobs, tmp_path, whole.state, kills=2, seed=1, seconds=whole.seconds))
 
 
-def test_killed_workers_cost_time_only(jobs: runs.Jobs, whole: Whole, tmp_path: Path) -> None:
+def test_killed_workers_cost_time_only(jobs: starts.Jobs, whole: Whole, tmp_path: Path) -> None:
     promised(runs.kill_workers(jobs, tmp_path, whole.state, 1, seed=2, seconds=whole.seconds / 2))
+
+
+def test_a_full_disk_ends_no_job(jobs: starts.Jobs, whole: Whole, tmp_path: Path) -> None:
+    figures = runs.full_disks(jobs, tmp_path, whole.state, whole.logdir, count=1)
+    assert figures == runs.FullFigures(jobs=1, codes={75: 1})
 
 
 @pytest.mark.parametrize(
     ("place", "number", "times"),
     [("in mid-update", signal.SIGTERM, 2), ("in mid-save", signal.SIGINT, 1), ("in mid-save", signal.SIGINT, 2)],
 )
-def test_signals(jobs: runs.Jobs, whole: Whole, tmp_path: Path, place: str, number: int, times: int) -> None:
+def test_signals(jobs: starts.Jobs, whole: Whole, tmp_path: Path, place: str, number: int, times: int) -> None:
     promised(runs.stop_at_place(jobs, tmp_path, whole.state, 1, place, number, times))
 
 
-def test_tokens_of_the_environment_are_written_nowhere(jobs: runs.Jobs, tmp_path: Path) -> None:
+def test_tokens_of_the_environment_are_written_nowhere(jobs: starts.Jobs, tmp_path: Path) -> None:
     assert jobs.run(tmp_path / "logs", save_ckpt_dir=tmp_path, no_save_ckpt=False, max_epochs=1).code == 0, jobs.output
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert any(path.suffix == ".safetensors" and path.parent == tmp_path for path in files)
     contents = [jobs.output.encode(), *(path.read_bytes() for path in files)]
-    for token in runs.TOKENS.values():
+    for token in starts.TOKENS.values():
         assert not any(token.encode() in content for content in contents)

@@ -1,8 +1,9 @@
 """A process that has imported everything and forks a job on request, so that a hundred starts take minutes, not hours.
 
-It reads a JSON line {"arguments", "output", "marks", "hit"} and answers with two: the process id at the start, the exit
-status at the end. `marks` is a file that gets the number of each finished update; `hit` = [function, signal, times]
-lets the job signal its group when it enters "module:name", and again half a second later.
+It reads a JSON line {"arguments", "output", "marks", "hit", "limit"} and answers with two: the process id at the start,
+the exit status at the end. `marks` is a file that gets the number of each finished update; `hit` = [function, signal,
+times] lets the job signal its group when it enters "module:name", and again half a second later; `limit` is the size
+that no file of the job may pass from its first update on, or null.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import resource
 import signal
 import sys
 import threading
@@ -50,6 +52,8 @@ def _serve(request: dict[str, Any], answers: TextIO) -> None:
 def _become_job(request: dict[str, Any]) -> None:
     # A session of its own, so that a signal to its group reaches its workers and nobody else.
     os.setsid()
+    # A shell lets what it starts in the background ignore Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     output = os.open(request["output"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
@@ -66,6 +70,8 @@ def _become_job(request: dict[str, Any]) -> None:
         after(session)
 
     loop.after_update = mark
+    if request["limit"] is not None:
+        _fill_disk(loop, request["limit"])
     if request["hit"] is not None:
         _hit_self(*request["hit"])
     try:
@@ -83,6 +89,16 @@ def _become_job(request: dict[str, Any]) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code if isinstance(code, int) and code >= 0 else 254)
+
+
+def _fill_disk(loop: Any, limit: int) -> None:
+    train = loop.train
+
+    def on_a_full_disk(session: Any) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+        train(session)
+
+    loop.train = on_a_full_disk
 
 
 def _hit_self(place: str, number: int, times: int) -> None:
