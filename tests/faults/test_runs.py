@@ -25,8 +25,6 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[starts.Jobs]:
     # Four updates, a checkpoint after each.
     options = {"max_epochs": 2, "ckpt_every_n_minutes": 0, "sample_steps": 2}
     with starts.jobs(folder, make_world(folder / "world"), **options) as jobs:
-        folder, make_world(folder / "world"), max_epochs=2, ckpt_every_n_minutes=0, sample_steps=2
-    ) as jobs:
         yield jobs
 
 
