@@ -49,7 +49,7 @@ def old_questions(count: int, *, seed: int = 0) -> list[Question]:
     """Questions about what the base was taught, every shape equally often."""
     rng = stream(seed, "exam", "old")
     return [
-        Question(SHAPES[i % len(SHAPES)], rng.choice(list(COLOURS)), rng.choice(list(BACKGROUNDS)), SIZES[i % 3])
+        Question(SHAPES[i % len(SHAPES)], rng.choice(list(COLOURS)), rng.choice(list(BACKGROUNDS)), SIZES[i // 6 % 3])
         for i in range(count)
     ]
 

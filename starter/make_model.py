@@ -13,7 +13,7 @@ import torch
 
 from starter.networks import STARTER, TINY, Size, build_networks, read_weights, save_pipeline
 from starter.pretrain_unet import Shelf, fill_shelves, save_part, scaling_factor, train_unet
-from starter.pretrain_vae import train_vae
+from starter.pretrain_vae import polish_decoder, train_vae
 from starter.tokenizer import write_tokenizer
 
 SIZES = {"starter": STARTER, "tiny": TINY}
@@ -43,6 +43,16 @@ def pretrain_autoencoder(work: Path, *, seed: int, crop_steps: int, full_steps: 
     vae = build_networks(STARTER, seed=seed).vae
     path = work / "vae.safetensors"
     train_vae(vae, seed=seed, crop_steps=crop_steps, full_steps=full_steps, after=lambda _: save_part(path, vae))
+
+
+def sharpen(work: Path, *, seed: int, steps: int) -> None:
+    """The stage after it: a better decoder for the same latents, in the same file."""
+    from safetensors.torch import load_file
+
+    vae = build_networks(STARTER, seed=seed).vae
+    path = work / "vae.safetensors"
+    vae.load_state_dict(load_file(path))
+    polish_decoder(vae, seed=seed, steps=steps, after=lambda _: save_part(path, vae))
 
 
 def pretrain_networks(
@@ -110,10 +120,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--random", action="store_true", help="untrained weights, in a second")
     parser.add_argument("--size", choices=sorted(SIZES), default="starter", help="with --random")
-    parser.add_argument("--stage", choices=("all", "vae", "unet"), default="all")
+    parser.add_argument("--stage", choices=("all", "vae", "decoder", "unet"), default="all")
     parser.add_argument("--crop-steps", type=int, default=2500)
     parser.add_argument("--full-steps", type=int, default=1200)
-    parser.add_argument("--steps", type=int, default=5200)
+    parser.add_argument("--decoder-steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=2650)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--lr", type=float, default=7e-4)
     parser.add_argument("--minutes", type=float, help="wall time of the second stage, if --steps take longer")
@@ -127,6 +138,8 @@ def main() -> None:
         pretrain_autoencoder(
             options.work, seed=options.seed, crop_steps=options.crop_steps, full_steps=options.full_steps
         )
+    if options.stage in ("all", "decoder"):
+        sharpen(options.work, seed=options.seed, steps=options.decoder_steps)
     if options.stage in ("all", "unet"):
         pretrain_networks(
             options.work,

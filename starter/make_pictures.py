@@ -18,6 +18,7 @@ TAUGHT_COLOURS = ("red", "yellow", "green", "blue")
 TAUGHT_BACKGROUNDS = ("grey", "pink", "cyan")
 TAUGHT = tuple(itertools.product(TAUGHT_COLOURS, TAUGHT_BACKGROUNDS))
 EACH = 4
+EACH_OLD = 5
 ENLARGED = 4
 FORMATS = ("png", "png", "jpg", "webp")
 SAVING: dict[str, dict[str, Any]] = {
@@ -55,20 +56,20 @@ def _draw_new(folder: Path, seed: int) -> int:
 
 
 def _draw_old(folder: Path, seed: int) -> int:
-    """What the base knows already, so that it does not forget it: each shape four times, captioned by its file name."""
+    """What the base knows already, so that it does not forget it: each shape five times, captioned by its file name."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = stream(seed, "pictures", "old")
     places = itertools.cycle(SIZES)
     count = 0
     for shape in SHAPES:
-        colours, grounds = rng.sample(list(COLOURS), EACH), rng.sample(list(BACKGROUNDS), EACH)
+        colours, grounds = rng.sample(list(COLOURS), EACH_OLD), rng.sample(list(BACKGROUNDS), EACH_OLD)
         for colour, ground in zip(colours, grounds, strict=True):
             scene = random_scene(rng, shapes=(shape,), colours=(colour,), backgrounds=(ground,), sizes=(next(places),))
             _save(
                 scene, rng, folder, f"{plain_caption(colour, shape, ground)}_{count:02}", FORMATS[count % len(FORMATS)]
             )
             count += 1
-    _write(folder / "multiply.txt", "1\n")
+    _write(folder / "multiply.txt", "1.5\n")
     return count
 
 
