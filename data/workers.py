@@ -18,6 +18,8 @@ from utils.stopping import ignore_in_worker, workers_start
 
 # A batch that takes longer is not coming: a disk that is gone, a decoder in a loop.
 PATIENCE_SECONDS = 600.0
+# So often the loader looks whether its workers are alive.
+LOOK_SECONDS = 2.0
 MOST_FAILURES = 3
 
 
@@ -59,7 +61,7 @@ class Batches:
             worker_init_fn=ignore_in_worker if workers else None,
             multiprocessing_context=None if workers == 0 or start == "auto" else start,
             pin_memory=self._pin_memory,
-            timeout=self._patience if workers else 0,
+            timeout=LOOK_SECONDS if workers else 0,
             # Without its own generator, iter(DataLoader) would draw from torch's global one.
             generator=tensor_stream(self._source.seed, "workers"),
         )
@@ -75,7 +77,9 @@ class Batches:
         failures = 0
         while waiting:
             try:
-                for answer in self._start(waiting):
+                iterator = self._start(waiting)
+                while waiting:
+                    answer = self._next(iterator)
                     if isinstance(answer, Lost):
                         raise UserError(answer.message)
                     waiting = waiting[1:]
@@ -89,6 +93,21 @@ class Batches:
                 LOGGER.warning("workers are started anew (%s); they were due to bring %s", _first_line(error), paths)
                 self.close()
                 self._loader = self._new_loader()
+
+    def _next(self, iterator: Iterator[Batch | Lost]) -> Batch | Lost:
+        """The next answer. The loader looks after its workers whenever its time is up, and may be asked again then.
+
+        Raises:
+            RuntimeError: a worker has died, or nothing has come for `patience_seconds`.
+        """
+        waited = 0.0
+        while True:
+            try:
+                return next(iterator)
+            except RuntimeError as error:
+                waited += LOOK_SECONDS
+                if "timed out" not in str(error) or waited >= self._patience:
+                    raise
 
     def _start(self, waiting: list[Request]) -> Iterator[Batch | Lost]:
         self._queue.requests = waiting
