@@ -15,7 +15,7 @@ from starter.world import BACKGROUNDS, COLOURS, SHAPES, SIZES, ZORP, plain_capti
 from utils.seeding import stream, tensor_stream
 
 STEPS = 30
-GUIDANCE = 4.0
+GUIDANCE = 7.0
 
 
 @dataclass(frozen=True, slots=True)

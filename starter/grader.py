@@ -21,7 +21,7 @@ TILTS = (-10, -5, 0, 5, 10)
 LEAST_OVERLAP = 0.70
 LEAST_LEAD = 0.04  # of the best shape over the next one: what lies between two shapes is neither
 COLOUR_REACH = 60.0  # Euclidean distance in 8-bit RGB beyond which a colour has no name
-FLAT_SHARE = 0.9  # of the frame must be close to the background's colour
+FLAT_SHARE = 0.8  # of the frame must be close to its median colour: a shape may touch an edge
 EDGE_CONTRAST = 45.0
 AREAS = (0.04, 0.55)  # of the picture
 

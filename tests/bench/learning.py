@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from starter.exam import Question, answers, examine, new_questions, old_questions, open_pipeline, score
+from starter.exam import GUIDANCE, Question, answers, examine, new_questions, old_questions, open_pipeline, score
 from starter.make_pictures import TAUGHT
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -68,7 +68,7 @@ def train(out: Path, changes: Mapping[str, Any], *, optimizer: Mapping[str, Any]
     return Trained(folder, last, averages[0] if averages else None, seconds, tuple(json.loads(line) for line in lines))
 
 
-def marks(folder: Path, count: int, *, guidance: float = 4.0) -> dict[str, float]:
+def marks(folder: Path, count: int, *, guidance: float = GUIDANCE) -> dict[str, float]:
     """Shares of right pictures (shape and colour) of the new and of the old concepts, by the model in `folder`."""
     pipeline = open_pipeline(folder)
     return {
@@ -83,7 +83,7 @@ def base(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for guidance in (1.0, 4.0, 7.0):
         yield {"guidance": guidance, "old": asdict(examine(pipeline, old_questions(options.count), guidance=guidance))}
     new = new_questions(options.count, seen=TAUGHT)
-    yield {"guidance": 4.0, "new": asdict(examine(pipeline, new))}
+    yield {"guidance": GUIDANCE, "new": asdict(examine(pipeline, new))}
 
 
 def teach(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
