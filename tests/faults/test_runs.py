@@ -55,8 +55,6 @@ def test_kill_9_at_random_moments(jobs: starts.Jobs, whole: Whole, tmp_path: Pat
     promised(runs.kill_until_done(jobs, tmp_path, whole.state, kills=2, seed=1, seconds=whole.seconds))
 
 
-# A dead worker is noticed when the patience with a hanging one is over: ten minutes.
-@pytest.mark.slow
 def test_killed_workers_cost_time_only(jobs: starts.Jobs, whole: Whole, tmp_path: Path) -> None:
     promised(runs.kill_workers(jobs, tmp_path, whole.state, 1, seed=2, seconds=whole.seconds / 2))
 
