@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from training.inputs import Inputs, read_inputs
 from utils.console import end_summary
-from utils.errors import EXIT_DONE, EXIT_TRY_LATER, UserError
+from utils.errors import EXIT_DONE, EXIT_TRY_LATER, TryLaterError, UserError
 from utils.logs import FILE_ONLY, LOGGER, close_logs, escape_lines, open_console
 from utils.options import flat
 from utils.seeding import random_seed
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from training.session import Session
     from utils.checkpoint import Kind
     from utils.start import Start
+    from utils.stopping import StopSignal
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,27 +33,45 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return run(read_inputs(sys.argv[1:] if argv is None else argv))
     except UserError as error:
-        LOGGER.error("%s", error, extra=FILE_ONLY)
-        sys.stderr.write(f"error: {escape_lines(str(error))}\n")
-        return error.exit_code
+        return tell(error)
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        return tell(TryLaterError(f"{error}; make room and start again"))
     finally:
         close_logs()
+
+
+def tell(error: UserError) -> int:
+    """Say what is wrong, in words, and return the exit code."""
+    LOGGER.error("%s", error, extra=FILE_ONLY)
+    sys.stderr.write(f"error: {escape_lines(str(error))}\n")
+    return error.exit_code
 
 
 def run(inputs: Inputs) -> int:
     """The story of a run: what to start from, the data, the parts, the loop, the end."""
     from utils.start import find_start
+    from utils.stopping import StopSignal
 
     options = inputs.options
     for warning in inputs.warnings:
         LOGGER.warning("%s", warning)
-    start = find_start(options)
-    data = read_data(inputs, start)
+    with StopSignal() as stop:
+        start = find_start(options)
+        data = read_data(inputs, start)
+        if stop.exit_code is not None:
+            return stop.exit_code
+        return work(inputs, data, start, stop)
+
+
+def work(inputs: Inputs, data: TrainingSet, start: Start, stop: StopSignal) -> int:
+    """Describe the data, then show the plan or carry it out."""
     for line in (*data.notes, *data.report().lines):
         LOGGER.info("%s", line)
-    if options.run.dry_run:
+    if inputs.options.run.dry_run:
         return show_plan(inputs, data)
-    return train_and_save(inputs, data, start)
+    return train_and_save(inputs, data, start, stop)
 
 
 def read_data(inputs: Inputs, start: Start) -> TrainingSet:
@@ -88,13 +110,12 @@ def show_plan(inputs: Inputs, data: TrainingSet) -> int:
     return EXIT_DONE
 
 
-def train_and_save(inputs: Inputs, data: TrainingSet, start: Start) -> int:
+def train_and_save(inputs: Inputs, data: TrainingSet, start: Start, stop: StopSignal) -> int:
     """Train to the end or to a stop, save, and say where everything is."""
     from training.assembly import open_session
     from training.loop import train
-    from utils.stopping import StopSignal
 
-    with StopSignal() as stop, open_session(inputs, data, start, stop) as session:
+    with open_session(inputs, data, start, stop) as session:
         try:
             train(session)
         except UserError as error:

@@ -58,19 +58,22 @@ def open_session(inputs: Inputs, data: TrainingSet, start: Start, stop: StopSign
     device = open_device(options.device, bf16_weights=options.optimizer.weight_dtype == "bf16")
     if start.resumed is not None:
         check_resume(start.resumed.record, resolved(options, data.seed), library_versions(), data.fingerprint())
-    state = None if start.resumed is None else load_training_state(start.resumed.folder, verify=False)
-    models = load_start(start, options, state)
+    # A model that cannot be loaded leaves no run folder behind; a run that goes on is locked before it is read.
+    models = load_start(start, options, None) if start.resumed is None else None
     with ExitStack() as stack:
         run = open_run(options, start)
         stack.enter_context(run.lock())
         open_log_file(run.log)
+        state = None if start.resumed is None else load_training_state(start.resumed.folder, verify=False)
+        models = load_start(start, options, state) if models is None else models
         progress = Progress(0, 0, 0, 0) if start.resumed is None else start.resumed.record.progress
         tracker = open_tracker(options, run, None if start.resumed is None else progress.update)
         stack.callback(tracker.close)
         retention = Retention(options.save.keep_last_n, options.save.save_optimizer)
         writer = stack.enter_context(CheckpointWriter(run.ckpts, retention))
-        if options.save.save_ckpt_dir is not None and Path(options.save.save_ckpt_dir).is_dir():
-            sweep_leftovers(Path(options.save.save_ckpt_dir), owner=run.name)
+        single_files = Path() if options.save.save_ckpt_dir is None else Path(options.save.save_ckpt_dir)
+        if single_files.is_dir():
+            sweep_leftovers(single_files, owner=run.name)
         session = _assemble(inputs, data, device, models, run, tracker, writer, stop, progress)
         stack.callback(session.bar.close)
         if state is not None:
