@@ -15,7 +15,7 @@ from starter.world import BACKGROUNDS, COLOURS, SHAPES, SIZES, ZORP, plain_capti
 from utils.seeding import stream, tensor_stream
 
 STEPS = 30
-GUIDANCE = 7.0
+GUIDANCE = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ def open_pipeline(folder: Path) -> Any:
     """The model in `folder` as a quiet StableDiffusionPipeline in full precision with a DDIM sampler."""
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
-    pipeline = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32, safety_checker=None)
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32, safety_checker=None)
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

@@ -40,21 +40,43 @@ def grade(picture: Image.Image) -> Grade:
     """The grade of an RGB picture of any size, by its pixels alone; the same picture always gets the same grade."""
     array = np.asarray(picture.convert("RGB"), dtype=np.float32)
     ground = _frame_colour(array)
-    if ground is None:
-        return Grade(None, None, None, 0.0)
-    background = _nearest(ground, BACKGROUNDS | EXTREMES)
-    cover, ink = _cover(array, ground)
-    if cover is None or not AREAS[0] < float(cover.mean()) < AREAS[1]:
+    background = None if ground is None else _nearest(ground, BACKGROUNDS | EXTREMES)
+    seen = _outline(array)
+    if seen is None:
         return Grade(None, None, background, 0.0)
-    shape, overlap, lead = _nearest_shape(_normalised(cover))
-    named = overlap >= LEAST_OVERLAP and lead >= LEAST_LEAD
-    return Grade(shape if named else None, _nearest(ink, COLOURS), background, overlap)
+    outline, ink = seen
+    overlaps = _overlaps(outline)
+    first, second = sorted(overlaps, key=lambda name: -overlaps[name])[:2]
+    named = overlaps[first] >= LEAST_OVERLAP and overlaps[first] - overlaps[second] >= LEAST_LEAD
+    return Grade(first if named else None, _nearest(ink, COLOURS), background, overlaps[first])
 
 
 def is_right(picture: Image.Image, *, shape: str, colour: str) -> bool:
     """Whether shape and colour are as asked: the measure of docs/learning.md."""
     found = grade(picture)
     return found.shape == shape and found.colour == colour
+
+
+def likeness(picture: Image.Image, *, shape: str, colour: str) -> float:
+    """How much the picture's outline overlaps with `shape`, 0 .. 1; 0 where the colour is another or nothing is drawn.
+
+    It tells half-learned from not learned, where `is_right` still says no to both.
+    """
+    seen = _outline(np.asarray(picture.convert("RGB"), dtype=np.float32))
+    if seen is None or _nearest(seen[1], COLOURS) != colour:
+        return 0.0
+    return _overlaps(seen[0])[shape]
+
+
+def _outline(array: Plane) -> tuple[Plane, Plane] | None:
+    """The normalised outline of what is drawn and its colour, or None."""
+    ground = _frame_colour(array)
+    if ground is None:
+        return None
+    cover, ink = _cover(array, ground)
+    if cover is None or not AREAS[0] < float(cover.mean()) < AREAS[1]:
+        return None
+    return _normalised(cover), ink
 
 
 def _frame_colour(array: Plane) -> Plane | None:
@@ -106,15 +128,14 @@ def _nearest(colour: Plane, palette: dict[str, Colour]) -> str | None:
     return best if distances[best] <= COLOUR_REACH else None
 
 
-def _nearest_shape(outline: Plane) -> tuple[str, float, float]:
-    """The shape that overlaps most, by how much, and its lead over the next shape."""
+def _overlaps(outline: Plane) -> dict[str, float]:
+    """Intersection over union with the nearest template of every shape."""
     names, templates = _templates()
     overlaps = np.minimum(outline, templates).sum(axis=(1, 2)) / np.maximum(outline, templates).sum(axis=(1, 2))
     best: dict[str, float] = {}
     for name, overlap in zip(names, overlaps, strict=True):
         best[name] = max(best.get(name, 0.0), float(overlap))
-    first, second = sorted(best, key=lambda name: -best[name])[:2]
-    return first, best[first], best[first] - best[second]
+    return best
 
 
 @cache

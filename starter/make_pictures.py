@@ -14,8 +14,8 @@ from starter.world import BACKGROUNDS, COLOURS, SHAPES, SIZES, ZORP, Scene, draw
 from utils.seeding import stream
 
 # The colours and grounds that the new shape is shown in. What the others look like on it is left to be asked.
-TAUGHT_COLOURS = ("red", "yellow", "green", "blue")
-TAUGHT_BACKGROUNDS = ("grey", "pink", "cyan")
+TAUGHT_COLOURS = ("red", "yellow", "green", "purple")
+TAUGHT_BACKGROUNDS = ("grey", "pink", "brown")
 TAUGHT = tuple(itertools.product(TAUGHT_COLOURS, TAUGHT_BACKGROUNDS))
 EACH = 4
 EACH_OLD = 5
@@ -69,7 +69,7 @@ def _draw_old(folder: Path, seed: int) -> int:
                 scene, rng, folder, f"{plain_caption(colour, shape, ground)}_{count:02}", FORMATS[count % len(FORMATS)]
             )
             count += 1
-    _write(folder / "multiply.txt", "1.5\n")
+    _write(folder / "multiply.txt", "0.8\n")
     return count
 
 
