@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from starter.exam import GUIDANCE, Question, answers, examine, new_questions, old_questions, open_pipeline, score
 from starter.make_pictures import TAUGHT
@@ -142,22 +143,26 @@ def judge_guidance(run: Trained, count: int) -> dict[str, Any]:
 
 
 def judge_extremes(run: Trained, count: int) -> dict[str, Any]:
-    """Dark and bright scenes: shares of right backgrounds, and how far the darkest and brightest means lie apart."""
+    """Dark and bright scenes: shares of right backgrounds, and the mean grey level of each kind."""
     pipeline = open_pipeline(run.checkpoint)
     questions = [
         Question(question.shape, question.colour, ("black", "white")[i % 2], question.size)
         for i, question in enumerate(old_questions(count))
     ]
     pictures = answers(pipeline, questions)
-    levels = [sum(picture.convert("L").resize((1, 1)).getpixel((0, 0)) for picture in pictures[i::2]) for i in (0, 1)]
+    levels = [round(statistics.mean(brightness(picture) for picture in pictures[i::2]), 1) for i in (0, 1)]
     found = score(questions, pictures)
-    return {"background": found.background, "right": found.right, "mean_levels": [2 * x / count for x in levels]}
+    return {"background": found.background, "right": found.right, "mean_levels": levels}
+
+
+def brightness(picture: Image.Image) -> float:
+    """The mean grey level, 0 .. 255."""
+    return statistics.mean(picture.convert("L").tobytes())
 
 
 def judge_loss(run: Trained, _: int) -> dict[str, Any]:
     """The validation loss over the updates."""
-    rows = [row for row in run.metrics if "loss/val" in row or row.get("tag") == "loss/val"]
-    return {"validation": [[row.get("update", row.get("step")), row.get("loss/val", row.get("value"))] for row in rows]}
+    return {"validation": [[row["update"], row["loss/val"]] for row in run.metrics if "loss/val" in row]}
 
 
 def comparisons(out: Path) -> dict[str, Comparison]:
