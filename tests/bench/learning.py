@@ -81,7 +81,7 @@ def marks(folder: Path, count: int, *, guidance: float = GUIDANCE) -> dict[str, 
 def base(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Figure 1: the model as it comes, on what it was taught and on the word it has never met."""
     pipeline = open_pipeline(MODEL)
-    for guidance in (1.0, 4.0, 7.0):
+    for guidance in (1.0, 3.0, GUIDANCE, 7.0):
         yield {"guidance": guidance, "old": asdict(examine(pipeline, old_questions(options.count), guidance=guidance))}
     new = new_questions(options.count, seen=TAUGHT)
     yield {"guidance": GUIDANCE, "new": asdict(examine(pipeline, new))}
