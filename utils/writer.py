@@ -11,6 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from types import TracebackType
 from typing import Self
 
@@ -75,7 +76,7 @@ class CheckpointWriter:
         self.ckpts = ckpts
         self.retention = retention
         self._thread: threading.Thread | None = None
-        self._results: list[SaveResult] = []
+        self._results: SimpleQueue[SaveResult] = SimpleQueue()
         for path in sweep_leftovers(ckpts):
             logger.info("removed what a stopped run had left half done: %s", printable(path))
 
@@ -91,9 +92,9 @@ class CheckpointWriter:
         """
         started = time.perf_counter()
         self._join()
-        if tree_bytes(state) + SPARE_MEMORY_BYTES > _available_bytes():
+        if tree_bytes(state) + SPARE_MEMORY_BYTES > available_bytes():
             logger.warning("memory does not hold a copy of the training state: training waits for the whole save")
-            self._results += self._write(on_cpu(state), saves, started, None)
+            self._work(on_cpu(state), saves, started, None)
             return
         copy = snapshot(state)
         waited = time.perf_counter() - started
@@ -108,7 +109,10 @@ class CheckpointWriter:
 
     def poll(self) -> list[SaveResult]:
         """What became of the background saves that ended since the last call."""
-        done, self._results = self._results, []
+        done = []
+        with suppress(Empty):
+            while True:
+                done.append(self._results.get_nowait())
         return done
 
     def close(self) -> list[SaveResult]:
@@ -129,8 +133,9 @@ class CheckpointWriter:
             self._thread.join()
             self._thread = None
 
-    def _work(self, state: Tree, saves: Sequence[Save], started: float, waited: float) -> None:
-        self._results += self._write(state, saves, started, waited)
+    def _work(self, state: Tree, saves: Sequence[Save], started: float, waited: float | None) -> None:
+        for result in self._write(state, saves, started, waited):
+            self._results.put(result)
 
     def _write(self, state: Tree, saves: Sequence[Save], started: float, waited: float | None) -> list[SaveResult]:
         results = []
@@ -170,10 +175,30 @@ def _with_state(write: Callable[[Path, Tree], None], state: Tree, folder: Path) 
     write(folder, state)
 
 
-def _available_bytes() -> float:
-    """Memory that can be had without swapping; infinite where the system does not tell."""
+def available_bytes(system: Path = Path("/")) -> float:
+    """Memory that can be had without swapping or being killed for it; infinite where the system does not tell.
+
+    A container's limit is the tighter of two: what the machine has free is not what a process in it may take.
+    """
+    free = [math.inf]
     with suppress(OSError):
-        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+        for line in (system / "proc/meminfo").read_text(encoding="ascii").splitlines():
             if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024.0
-    return math.inf
+                free.append(int(line.split()[1]) * 1024.0)
+    groups = system / "sys/fs/cgroup"
+    for limit, used, reclaimable in (
+        (groups / "memory.max", groups / "memory.current", "inactive_file"),
+        (groups / "memory/memory.limit_in_bytes", groups / "memory/memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        # "max" is no number: there is no limit. Pages of files that nobody uses are counted as used, but yield.
+        with suppress(OSError, ValueError):
+            free.append(float(int(limit.read_text()) - int(used.read_text()) + _entry(limit.parent, reclaimable)))
+    return max(0.0, min(free))
+
+
+def _entry(group: Path, name: str) -> int:
+    with suppress(OSError, ValueError):
+        for line in (group / "memory.stat").read_text(encoding="ascii").splitlines():
+            if line.split()[0] == name:
+                return int(line.split()[1])
+    return 0

@@ -31,7 +31,7 @@ from utils.manifest import DamagedError, write_manifest
 from utils.run_dir import RunDir, create_run_dir
 from utils.saving import Retention, save_checkpoint
 from utils.tree import same_tree
-from utils.writer import CheckpointWriter, Save
+from utils.writer import CheckpointWriter, Save, available_bytes
 
 
 @pytest.fixture
@@ -290,6 +290,58 @@ def test_training_waits_for_the_copy_only(run: RunDir) -> None:
     assert same_tree(load_training_state(result.folder), jobs.state(1))
 
 
+def test_a_save_is_reported_once_however_often_one_asks(run: RunDir) -> None:
+    go = threading.Event()
+    state, (job,) = jobs.save(2)
+
+    def slow(folder: Path, tree: dict[str, Any]) -> None:
+        assert go.wait(20)
+        jobs.exports(folder, tree)
+
+    with CheckpointWriter(run.ckpts) as writer:
+        writer.save(*jobs.save(1))
+        # Waits for the first save, whose result nobody has asked for when the second is begun.
+        writer.save(state, [Save(job.record, slow, job.check)])
+        assert [each.record.name for each in writer.poll()] == ["proj-ep00-gs00001"]
+        go.set()
+        assert [each.record.name for each in writer.close()] == ["proj-ep00-gs00002"]
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({}, float("inf")),
+        ({"proc/meminfo": "MemTotal: 9 kB\nMemAvailable: 4 kB\n"}, 4096.0),
+        ({"proc/meminfo": "MemAvailable: 4 kB\n", "sys/fs/cgroup/memory.max": "max\n"}, 4096.0),
+        (
+            {
+                "proc/meminfo": "MemAvailable: 4 kB\n",
+                "sys/fs/cgroup/memory.max": "3000\n",
+                "sys/fs/cgroup/memory.current": "2500\n",
+                "sys/fs/cgroup/memory.stat": "anon 9\ninactive_file 300\n",
+            },
+            800.0,
+        ),
+        (
+            {
+                "sys/fs/cgroup/memory/memory.limit_in_bytes": "3000\n",
+                "sys/fs/cgroup/memory/memory.usage_in_bytes": "2500\n",
+                "sys/fs/cgroup/memory/memory.stat": "total_inactive_file 100\n",
+            },
+            600.0,
+        ),
+    ],
+)
+def test_memory_is_what_the_machine_and_the_container_leave(
+    tmp_path: Path, files: dict[str, str], expected: float
+) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert available_bytes(tmp_path) == expected
+    assert available_bytes() > 0
+
+
 def test_a_failing_thread_is_told_and_the_next_save_works(run: RunDir, caplog: pytest.LogCaptureFixture) -> None:
     state, (job,) = jobs.save(1)
 
@@ -323,7 +375,7 @@ def test_other_files_that_fail_do_not_unmake_the_checkpoint(run: RunDir) -> None
 
 
 def test_without_memory_for_a_copy_the_save_waits(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("utils.writer._available_bytes", lambda: 10.0)
+    monkeypatch.setattr("utils.writer.available_bytes", lambda: 10.0)
     with CheckpointWriter(run.ckpts) as writer:
         writer.save(*jobs.save(1))
         assert not writer.busy
