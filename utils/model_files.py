@@ -156,12 +156,20 @@ def check_model_files(files: ModelFiles, source: str) -> None:
 
 
 def _part(folder: Path, part: str) -> Path:
-    if not (folder / part).is_dir():
-        raise UserError(
-            f"{printable(folder)} has no folder {part}/, so it is no complete Diffusers model; "
-            f"it needs unet/, text_encoder/, vae/, tokenizer/ and scheduler/"
-        )
-    return folder / part
+    if (folder / part).is_dir():
+        return folder / part
+    name = printable(folder)
+    above = folder.resolve().parent
+    singles = sorted(path.name for path in folder.iterdir() if path.suffix in (".safetensors", ".ckpt"))
+    if (folder / "config.json").is_file() and (above / "model_index.json").is_file():
+        raise UserError(f"{name} is one part of a Diffusers model; name the folder above it, {printable(above)}")
+    if singles:
+        shown = ", ".join(map(printable, singles[:5])) + (", ..." if len(singles) > 5 else "")
+        raise UserError(f"{name} has no folder {part}/ and is no Diffusers model, but holds {shown}; name the file")
+    raise UserError(
+        f"{name} has no folder {part}/, so it is no complete Diffusers model; "
+        f"it needs unet/, text_encoder/, vae/, tokenizer/ and scheduler/"
+    )
 
 
 def _check_pipeline(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import re
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from utils.errors import UserError, printable
 from utils.pickle_machine import Machine
-from utils.weights import MAX_TENSORS, first_line, require_file
+from utils.weights import MAX_TENSORS, require_file
 
 if TYPE_CHECKING:
     import torch
@@ -34,6 +35,12 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     """
     require_file(path)
     if not zipfile.is_zipfile(path):
+        with path.open("rb") as file:
+            head = file.read(4)
+        if head == b"PK\x03\x04":
+            raise UserError(f"{printable(path)} is cut short; get the file again")
+        if head[:1] != b"\x80":
+            raise UserError(f"{printable(path)} is no model: neither a safetensors file nor one of torch's")
         return _named_tensors(_read_legacy(path), path)
     try:
         with zipfile.ZipFile(path) as archive:
@@ -63,9 +70,11 @@ def _read_legacy(path: Path) -> object:
             return torch.load(path, map_location="cpu", weights_only=True)
     # torch raises whatever the bytes lead it to; the file is a stranger's.
     except Exception as error:  # noqa: BLE001
+        # What torch says beyond the name is advice to run the code, which nobody should follow.
+        named = re.search(r"GLOBAL ([\w.]+)", str(error))
+        asked = f"it asks for {named[1]}" if named is not None else "it is damaged, or holds more than tensors"
         raise UserError(
-            f"{printable(path)} could not be read without running code from it ({first_line(error)}); "
-            f"get the model as .safetensors"
+            f"{printable(path)} could not be read without running code from it ({asked}); get the model as .safetensors"
         ) from None
 
 

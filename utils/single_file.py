@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils.errors import UserError, printable
-from utils.keymap import SD1_TEXT_HOME, SD2_TEXT_HOME, TEXT_PREFIX, UNET_HOME, VAE_HOME, key_map
+from utils.keymap import (
+    SD1_TEXT_HOME,
+    SD2_TEXT_HOME,
+    TEXT_PREFIX,
+    UNET_HOME,
+    VAE_ATTENTION,
+    VAE_HOME,
+    VAE_OLD_ATTENTION,
+    key_map,
+)
 from utils.model_files import ModelFiles, check_model_files, mark_scheduler
 from utils.presets import preset
-from utils.weight_files import read_weights
+from utils.strangers import stranger_by_names
+from utils.weight_files import holds_safetensors, read_weights
 from utils.weights import read_header, require_file
 
 if TYPE_CHECKING:
@@ -24,6 +35,7 @@ CONTEXT_KEY = "attn2.to_k.weight"
 # In v-prediction models of the SD 2 family these biases have spread, in the others they have not; ComfyUI decides so.
 TELLTALE, TELLTALE_STD = f"{UNET_HOME}output_blocks.11.1.transformer_blocks.0.norm1.bias", 0.09
 STATED = {"v": "v_prediction", "v_prediction": "v_prediction", "epsilon": "epsilon", "eps": "epsilon"}
+FAMILIES = {"sd1": "Stable Diffusion 1.x", "sd2": "Stable Diffusion 2.x"}
 CHANNELS = {9: "an inpainting model", 8: "an image editing model", 5: "a depth model", 7: "an upscaler"}
 MAX_YAML_BYTES = 1 << 16
 
@@ -60,7 +72,7 @@ def open_single_file(
     """
     tensors = _settle(read_weights(path), path, ema)
     _refuse_strangers(tensors, path)
-    kind = base.kind if base is not None else _kind(tensors, path)
+    kind = _kind(tensors, path) if base is None else _kind_of_base(tensors, path, base)
     found, how = _prediction(tensors, path, kind, base)
     if prediction_type is not None:
         found, how = prediction_type, "as you said"
@@ -68,9 +80,12 @@ def open_single_file(
     zero_snr = ZERO_SNR_MARKER in tensors or files.zero_terminal_snr
     files = replace(files, scheduler=mark_scheduler(files.scheduler, found, zero_snr))
     check_model_files(files, str(path))
-    family = "Stable Diffusion 2.x" if kind == "sd2" else "Stable Diffusion 1.x"
-    snr = ", zero terminal SNR" if zero_snr else ""
-    return SingleFile(path, tensors, files, f"{printable(path.name)}: {family}, {found} ({how}){snr}")
+    told = f"{printable(path.name)}: {FAMILIES[kind]}, {found} ({how})" + (", zero terminal SNR" if zero_snr else "")
+    if ema:
+        told += ", averaged weights (model_ema)"
+    elif any(name.startswith(EMA_HOME) for name in tensors):
+        told += "; its averaged weights are left alone, model_ema would take them"
+    return SingleFile(path, tensors, files, told)
 
 
 def split(single: SingleFile, names: Mapping[str, Iterable[str]]) -> dict[str, dict[str, Tensor]]:
@@ -85,8 +100,9 @@ def split(single: SingleFile, names: Mapping[str, Iterable[str]]) -> dict[str, d
     for word, keys in (("lacks", missing), ("holds", strays)):
         if keys:
             shown = ", ".join(map(printable, keys[:3])) + (", ..." if len(keys) > 3 else "")
-            reason = "which a model of this kind has" if word == "lacks" else "which no model of this kind has"
-            raise UserError(f"{printable(single.path)} {word} {len(keys)} tensors {reason}: {shown}")
+            count = f"{len(keys)} tensor" + ("s" if len(keys) > 1 else "")
+            reason = "that a model of this kind has" if word == "lacks" else "that no model of this kind has"
+            raise UserError(f"{printable(single.path)} {word} {count} {reason}: {shown}; take another copy or version")
     parts: dict[str, dict[str, Tensor]] = {"unet": {}, "text_encoder": {}, "vae": {}}
     for entry in entries:
         tensor = single.tensors[entry.name]
@@ -101,13 +117,12 @@ def split(single: SingleFile, names: Mapping[str, Iterable[str]]) -> dict[str, d
 
 def _settle(tensors: Mapping[str, Tensor], path: Path, ema: bool) -> dict[str, Tensor]:
     """The tensors with the spellings of older programs, and the EMA copy where it is wanted, under the usual names."""
-    names = list(tensors)
-    if ema or not any(name.startswith(UNET_HOME) for name in names):
-        averaged = [name for name in names if name.startswith(EMA_HOME)]
-        if ema and not averaged:
-            raise UserError(f"{printable(path)} holds no EMA weights")
-        # The EMA copy's names have lost their dots; the plain ones tell where they were.
-        plain = {f"model_ema.{name.removeprefix('model.').replace('.', '')}": name for name in names}
+    if ema:
+        averaged = [name for name in tensors if name.startswith(EMA_HOME)]
+        if not averaged:
+            raise UserError(f"{printable(path)} holds no averaged weights ({EMA_HOME}...); leave model_ema out")
+        # The averaged copy's names have lost their dots; the plain ones tell where they were.
+        plain = {f"model_ema.{name.removeprefix('model.').replace('.', '')}": name for name in tensors}
         tensors = {**tensors, **{plain[name]: tensors[name] for name in averaged if name in plain}}
     return {_spelling(name): tensor for name, tensor in tensors.items()}
 
@@ -117,16 +132,20 @@ def _spelling(name: str) -> str:
         name = "cond_stage_model." + name.removeprefix("conditioner.embedders.0.")
     if name.startswith(SD1_TEXT_HOME) and not name.startswith(SD1_TEXT_HOME + TEXT_PREFIX):
         return SD1_TEXT_HOME + TEXT_PREFIX + name.removeprefix(SD1_TEXT_HOME)
+    # Scripts that are older than the Diffusers whose folders they converted have kept its words here.
+    found = re.fullmatch(rf"({re.escape(VAE_HOME)}\w+\.mid\.attn_1\.)(.+)\.(weight|bias)", name)
+    if found is not None:
+        module = VAE_OLD_ATTENTION.get(found[2], found[2])
+        return f"{found[1]}{VAE_ATTENTION.get(module, module)}.{found[3]}"
     return name
 
 
 def _refuse_strangers(tensors: Mapping[str, Tensor], path: Path) -> None:
     name = printable(path)
-    if any(key.startswith(("lora_", "unet.lora", "base_model.")) or ".lora_" in key for key in tensors):
-        raise UserError(f"{name} is a LoRA, a set of changes to a model; take the model it belongs to")
-    if any(key.startswith(("conditioner.embedders.1.", f"{UNET_HOME}label_emb.")) for key in tensors):
-        raise UserError(f"{name} is an SDXL model; only Stable Diffusion 1.x and 2.x can be trained so far")
     first = tensors.get(FIRST_CONVOLUTION)
+    stranger = stranger_by_names(tensors, has_unet=first is not None)
+    if stranger is not None:
+        raise UserError(f"{name} is {stranger}")
     if first is None or first.dim() != 4:
         raise UserError(
             f"{name} is no Stable Diffusion 1.x or 2.x in the original layout: it has no {FIRST_CONVOLUTION}"
@@ -152,9 +171,21 @@ def _kind(tensors: Mapping[str, Tensor], path: Path) -> str:
     return kind
 
 
+def _kind_of_base(tensors: Mapping[str, Tensor], path: Path, base: ModelFiles) -> str:
+    homes = {"sd1": SD1_TEXT_HOME, "sd2": SD2_TEXT_HOME}
+    home = homes.pop(base.kind)
+    if not any(name.startswith(home) for name in tensors):
+        (other,) = homes
+        raise UserError(
+            f"{printable(path)} is {FAMILIES[other]}, but model_config describes {FAMILIES[base.kind]}; "
+            f"name a model of the same kind, or leave model_config out"
+        )
+    return base.kind
+
+
 def _prediction(tensors: Mapping[str, Tensor], path: Path, kind: str, base: ModelFiles | None) -> tuple[str, str]:
     """What the UNet predicts, and what says so: the file before its neighbours before a guess."""
-    if path.suffix == ".safetensors":
+    if holds_safetensors(path):
         metadata = read_header(path).get("__metadata__")
         stated = metadata.get("modelspec.prediction_type") if isinstance(metadata, dict) else None
         if isinstance(stated, str) and stated in STATED:

@@ -76,8 +76,10 @@ def local_folder(source: str, wanted: Wanted) -> Path:
     from utils.hub import looks_like_id, model_snapshot
 
     folder = Path(source)
-    if folder.is_dir():
+    if source and folder.is_dir():
         return folder
+    if folder.is_file():
+        raise UserError(f"{printable(source)} is a file; a Diffusers folder or a Hugging Face id is wanted here")
     if not looks_like_id(source):
         raise UserError(
             f"there is no model {printable(source)}: name a Diffusers folder, a .safetensors or .ckpt file, or a "
@@ -103,8 +105,12 @@ def _read_folder(folder: Path, source: str, wanted: Wanted) -> Source:
 def _read_single(path: Path, wanted: Wanted, tokenizer: bool) -> Source:
     from utils.single_file import open_single_file, split
 
-    folder = local_folder(wanted.model_config, Wanted()) if wanted.model_config is not None else None
-    base = read_model_files(folder) if folder is not None else None
+    base = None
+    if wanted.model_config is not None:
+        try:
+            base = read_model_files(local_folder(wanted.model_config, Wanted()))
+        except UserError as error:
+            raise type(error)(f"model_config: {error}") from None
     single = open_single_file(path, prediction_type=wanted.prediction_type, base=base, ema=wanted.ema)
     files = single.files
     if tokenizer and base is None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from utils.errors import UserError, printable
 from utils.pickles import read_pickle
+from utils.strangers import stranger_by_beginning
 from utils.weights import MAX_HEADER_BYTES, read_safetensors, require_file
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ WEIGHT_STEMS = {
     "text_encoder": ("model", "pytorch_model"),
 }
 VARIANTS: list[str | None] = [None, "fp16", "bf16"]
+_HEAD_BYTES, _ZIP = 64, b"PK\x03\x04"
 
 
 def folder_weights(folder: Path, part: str, variant: str | None) -> dict[str, Tensor]:
@@ -86,7 +88,29 @@ def _read_all(paths: list[Path]) -> dict[str, Tensor]:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a `.safetensors` file or of a torch pickle (`.bin`, `.ckpt`, `.pt`), by name."""
-    if path.suffix == ".safetensors":
+    """The tensors of a safetensors file or of a torch pickle (`.bin`, `.ckpt`, `.pt`), by name.
+
+    What it holds decides, not what it is called: files are renamed. Raises `UserError` for anything else.
+    """
+    require_file(path)
+    with path.open("rb") as file:
+        head = file.read(_HEAD_BYTES)
+    if _begins_as_safetensors(head):
         return read_safetensors(path)
+    stranger = stranger_by_beginning(head)
+    if stranger is not None:
+        raise UserError(f"{printable(path)} {stranger}")
+    if path.suffix.lower() == ".safetensors" and not head.startswith(_ZIP):
+        return read_safetensors(path)  # which says what is wrong with it
     return read_pickle(path)
+
+
+def holds_safetensors(path: Path) -> bool:
+    """Whether the file `path` begins as a safetensors file does."""
+    with path.open("rb") as file:
+        return _begins_as_safetensors(file.read(_HEAD_BYTES))
+
+
+def _begins_as_safetensors(head: bytes) -> bool:
+    """Eight bytes of length, then a JSON object."""
+    return head[8:9] == b"{"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -94,6 +95,22 @@ def test_older_spellings_of_the_text_encoder_are_read(pair: tuple[Path, Path], t
         )
 
 
+@pytest.mark.parametrize("words", [("to_q", "to_k", "to_v", "to_out.0"), ("query", "key", "value", "proj_attn")])
+def test_attention_of_the_vae_in_the_words_of_the_folder_is_read(
+    words: tuple[str, ...], pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    folder, single = pair
+    table = dict(zip(("q", "k", "v", "proj_out"), words, strict=True))
+    spelt = {
+        re.sub(r"(mid\.attn_1\.)(q|k|v|proj_out)\.", lambda found: f"{found[1]}{table[found[2]]}.", name): tensor
+        for name, tensor in load_file(single).items()
+    }
+    assert spelt.keys() != load_file(single).keys()
+    save_file(spelt | {"first_stage_model.encoder.mid.attn_1.odd": torch.zeros(1)}, tmp_path / "odd.safetensors")
+    read = load_models(tmp_path / "odd.safetensors", Wanted(model_config=str(folder)))
+    assert_same_models(read, load_models(folder))
+
+
 def test_leftovers_of_the_original_training_are_ignored(pair: tuple[Path, Path], tmp_path: Path) -> None:
     folder, single = pair
     extra = {
@@ -120,8 +137,10 @@ def test_ema_weights_are_taken_when_asked_for_or_alone(pair: tuple[Path, Path], 
     averaged = load_models(tmp_path / "both.safetensors", Wanted(model_config=str(folder), ema=True))
     for name, tensor in plain.unet.state_dict().items():
         assert torch.equal(averaged.unet.state_dict()[name], tensor + 1)
+    assert "averaged weights are left alone, model_ema would take them" in plain.told
+    assert averaged.told.endswith("averaged weights (model_ema)")
     assert_same_models(plain, load_models(folder))
-    with pytest.raises(UserError, match="no EMA weights"):
+    with pytest.raises(UserError, match="no averaged weights"):
         load_models(single, Wanted(model_config=str(folder), ema=True))
 
 
@@ -205,8 +224,8 @@ def test_strangers_are_named(pair: tuple[Path, Path], tmp_path: Path) -> None:
         ({"conv_in.weight": torch.zeros(1)}, "no Stable Diffusion 1.x or 2.x"),
         ({k: t for k, t in tensors.items() if not k.startswith(home)}, "no text encoder"),
         ({k: t for k, t in tensors.items() if not k.startswith("first_stage_model.")}, "no VAE"),
-        ({k: t for k, t in tensors.items() if k != f"{UNET}out.2.bias"}, r"lacks 1 tensors.*out\.2\.bias"),
-        ({**tensors, f"{UNET}input_blocks.99.0.x": torch.zeros(1)}, r"holds 1 tensors.*input_blocks\.99"),
+        ({k: t for k, t in tensors.items() if k != f"{UNET}out.2.bias"}, r"lacks 1 tensor that.*out\.2\.bias"),
+        ({**tensors, f"{UNET}input_blocks.99.0.x": torch.zeros(1)}, r"holds 1 tensor that.*input_blocks\.99"),
     ):
         save_file(changed, tmp_path / "model.safetensors")
         with pytest.raises(UserError, match=match):
@@ -214,6 +233,19 @@ def test_strangers_are_named(pair: tuple[Path, Path], tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match=r"unusual text width \(32\).*model_config"):
         load_models(tmp_path / "model.safetensors")
+    for wrong in (str(single), "no/such"):
+        with pytest.raises(UserError, match=f"model_config: .*{wrong}"):
+            load_models(single, Wanted(model_config=wrong))
+
+
+def test_a_description_of_the_other_kind_is_refused(tmp_path: Path) -> None:
+    folders = {"1": sd1_model(tmp_path / "sd1"), "2": sd2_model(tmp_path / "sd2")}
+    for kind, other in (("1", "2"), ("2", "1")):
+        convert(str(folders[kind]), tmp_path / f"{kind}.safetensors")
+        with pytest.raises(
+            UserError, match=rf"is Stable Diffusion {kind}\.x, but model_config describes .* {other}\.x"
+        ):
+            load_models(tmp_path / f"{kind}.safetensors", Wanted(model_config=str(folders[other])))
 
 
 def test_a_conversion_that_fails_leaves_nothing_behind(pair: tuple[Path, Path], tmp_path: Path) -> None:
