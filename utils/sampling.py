@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import wraps
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -182,7 +183,25 @@ def sample_scheduler(models: Models, name: str, *, zero_terminal_snr: bool = Fal
             config["rescale_betas_zero_snr"] = False
             config["trained_betas"] = _nearly_zero_snr_betas(models).tolist()
     known = set(inspect.signature(cls).parameters)
-    return cls.from_config({key: value for key, value in config.items() if key in known})
+    return _from_its_first_step(cls.from_config({key: value for key, value in config.items() if key in known}))
+
+
+def _from_its_first_step(scheduler: Any) -> Any:
+    """`scheduler`, told that sampling begins at the first of its timesteps.
+
+    It would look for that one by value, and takes the second of several equal ones. Near pure noise the levels of
+    Karras lie so close that their rounded timesteps are equal: a step was lost, and KDPM2 ended in NaN.
+    """
+    if hasattr(scheduler, "set_begin_index"):
+        plain = scheduler.set_timesteps
+
+        @wraps(plain)
+        def set_timesteps(*arguments: Any, **named: Any) -> None:
+            plain(*arguments, **named)
+            scheduler.set_begin_index(0)
+
+        scheduler.set_timesteps = set_timesteps
+    return scheduler
 
 
 def _nearly_zero_snr_betas(models: Models) -> Tensor:

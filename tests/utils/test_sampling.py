@@ -35,19 +35,31 @@ def pixels(picture: Image.Image) -> Any:
     return np.asarray(picture).astype(int)
 
 
-def plain_diffusers(folder: Path, scheduler: str, job: SampleJob, cfg: float, **settings: Any) -> Any:
+@pytest.fixture(scope="module")
+def pipeline(folder: Path) -> Any:
+    return plain_pipeline(folder)
+
+
+def plain_pipeline(folder: Path) -> Any:
     import diffusers
 
     pipeline = diffusers.StableDiffusionPipeline.from_pretrained(str(folder), safety_checker=None)
     pipeline.set_progress_bar_config(disable=True)
+    pipeline.first_config = pipeline.scheduler.config
+    return pipeline
+
+
+def plain_diffusers(pipeline: Any, scheduler: str, job: SampleJob, cfg: float, **settings: Any) -> Any:
+    import diffusers
+
     overrides = settings.pop("scheduler_settings", {})
-    pipeline.scheduler = getattr(diffusers, scheduler).from_config(pipeline.scheduler.config, **overrides)
+    pipeline.scheduler = getattr(diffusers, scheduler).from_config(pipeline.first_config, **overrides)
     clip_skip = settings.pop("clip_skip", 0)
     return pipeline(
         **_embeddings(pipeline, job, clip_skip),
         width=job.width,
         height=job.height,
-        num_inference_steps=SHEET.steps,
+        num_inference_steps=settings.pop("steps", SHEET.steps),
         guidance_scale=cfg,
         generator=torch.Generator().manual_seed(job.seed),
         **settings,
@@ -67,14 +79,39 @@ def _embeddings(pipeline: Any, job: SampleJob, clip_skip: int) -> dict[str, Any]
     return found
 
 
-@pytest.mark.parametrize("clip_skip", [0, 2])
-@pytest.mark.parametrize(
-    ("name", "scheduler"), [("ddim", "DDIMScheduler"), ("euler_a", "EulerAncestralDiscreteScheduler")]
-)
-def test_equal_to_plain_diffusers(folder: Path, models: Models, name: str, scheduler: str, clip_skip: int) -> None:
+# What each name is in Diffusers' own words, as its documentation translates those of other programs.
+DIFFUSERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "ddim": ("DDIMScheduler", {}),
+    "pndm": ("PNDMScheduler", {}),
+    "ddpm": ("DDPMScheduler", {}),
+    "lms": ("LMSDiscreteScheduler", {}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "euler_a": ("EulerAncestralDiscreteScheduler", {}),
+    "kdpm2": ("KDPM2DiscreteScheduler", {}),
+    "kdpm2_a": ("KDPM2AncestralDiscreteScheduler", {}),
+    "dpm++": ("DPMSolverMultistepScheduler", {}),
+    "dpm++_2m": ("DPMSolverMultistepScheduler", {}),
+    "dpm++_2s": ("DPMSolverSinglestepScheduler", {}),
+    "dpm++_sde": ("DPMSolverSinglestepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+    "dpm++_2m_sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULER_NAMES)
+def test_every_scheduler_equals_plain_diffusers(models: Models, pipeline: Any, name: str) -> None:
+    job = replace(JOB, negative_prompt="blue", cfgs=(4.0,), width=32, height=24)
+    (ours,) = sample_pictures(models, replace(SHEET, jobs=(job,), scheduler=name, steps=4))
+    scheduler, settings = DIFFUSERS[name.removesuffix("_k")]
+    karras = {"use_karras_sigmas": True} if name.endswith("_k") else {}
+    theirs = plain_diffusers(pipeline, scheduler, job, 4.0, steps=4, scheduler_settings=settings | karras)
+    assert abs(pixels(ours[0]) - pixels(theirs)).max() <= 1
+
+
+@pytest.mark.parametrize("clip_skip", [1, 2])
+def test_equal_to_plain_diffusers_with_clip_skip(models: Models, pipeline: Any, clip_skip: int) -> None:
     job = replace(JOB, negative_prompt="blue", cfgs=(4.0,), width=64, height=48)
-    (ours,) = sample_pictures(models, replace(SHEET, jobs=(job,), scheduler=name), clip_skip=clip_skip)
-    theirs = plain_diffusers(folder, scheduler, job, 4.0, clip_skip=clip_skip)
+    (ours,) = sample_pictures(models, replace(SHEET, jobs=(job,), scheduler="euler_a"), clip_skip=clip_skip)
+    theirs = plain_diffusers(pipeline, "EulerAncestralDiscreteScheduler", job, 4.0, clip_skip=clip_skip)
     assert abs(pixels(ours[0]) - pixels(theirs)).max() <= 1
 
 
@@ -88,7 +125,7 @@ def test_zero_terminal_snr_equals_plain_diffusers_with_the_same_settings(tmp_pat
     models = load_models(folder)
     (ours,) = sample_pictures(models, SHEET, zero_terminal_snr=True)
     theirs = plain_diffusers(
-        folder,
+        plain_pipeline(folder),
         "DDIMScheduler",
         JOB,
         4.0,
@@ -117,6 +154,19 @@ def test_karras_levels_and_zero_snr_reach_the_scheduler(models: Models) -> None:
         scheduler = sample_scheduler(models, name, zero_terminal_snr=True)
         assert 0 < float(scheduler.alphas_cumprod[-1]) < 1e-6
         assert scheduler.config.get("timestep_spacing", "trailing") == "trailing"
+
+
+@pytest.mark.parametrize("name", [name for name in SCHEDULER_NAMES if name.endswith("_k")])
+def test_levels_that_lie_close_are_all_taken(models: Models, name: str) -> None:
+    """With zero terminal SNR several timesteps of Karras are 999; sampling must begin at the first of them."""
+    scheduler = sample_scheduler(models, name, zero_terminal_snr=True)
+    scheduler.set_timesteps(30)
+    latents = torch.randn(1, 4, 2, 2, generator=torch.Generator().manual_seed(1))
+    for timestep in scheduler.timesteps:
+        answer = scheduler.scale_model_input(latents, timestep)
+        latents = scheduler.step(0.1 * answer, timestep, latents).prev_sample
+    assert latents.isfinite().all()
+    assert scheduler.step_index == len(scheduler.timesteps)
 
 
 def test_the_run_does_not_notice(models: Models) -> None:
