@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from importlib.metadata import version
+from pathlib import Path
 
 from data.batches import caption_of
 from data.buckets import compute_buckets, fit_buckets, nearest_bucket
-from data.checks import check_pictures, find_duplicates
+from data.checks import Memory, check_pictures, find_duplicates
 from data.folder import Found
+from data.index import index_path
 from data.item import Bucket, Item, Update, Visit
 from data.lengths import CutCaption
-from data.plan import Placed, count_updates, plan_epoch, select_rated
+from data.plan import Placed, count_updates, epochs_begun, plan_epoch, select_rated
 from data.report import Report, describe_data
-from data.sources import find_data
+from data.sources import find_data, sources
 from data.validation import WatchedSet, arrange
 from data.validation_file import ValidationFile, validation_updates
 from utils.config import DataOptions
 from utils.errors import UserError, printable
+from utils.progress import counted
 
 NO_VALIDATION = ValidationFile(validate_training=False)
 
@@ -38,7 +41,7 @@ class TrainingSet:
         total_updates: of the run.
         validation: the updates after which validation is due.
         notes: lines for the log.
-        duplicates: pictures that are there more than once, where that was looked for.
+        duplicates: pictures that are there more than once, in groups.
     """
 
     options: DataOptions
@@ -67,8 +70,7 @@ class TrainingSet:
     @property
     def epochs_begun(self) -> int:
         """Epochs that the run begins: fewer than `epochs` when `max_steps` ends it earlier."""
-        ends = accumulate(self.updates)
-        return 1 + sum(end < self.total_updates for end in ends)
+        return epochs_begun(self.updates, self.total_updates)
 
     def bucket_of(self, item: Item) -> Bucket:
         """The size that `item` is cut to."""
@@ -95,6 +97,7 @@ class TrainingSet:
             self.plan(0),
             self.updates,
             batch_size=self.options.batch_size,
+            total=self.total_updates,
             cut=cut,
             duplicates=self.duplicates,
         )
@@ -107,19 +110,19 @@ def read_training_set(
     epochs: int,
     max_steps: int | None,
     validation: ValidationFile | None = None,
-    progress: Callable[[int], None] | None = None,
 ) -> TrainingSet:
     """The pictures of `data_root`, placed in their buckets, without those that `validation` holds out.
 
     Raises:
         UserError: there is nothing to train on, or files that cannot be meant as they are.
     """
-    found = find_data(options.data_root, index_kind=options.data_index, progress=progress)
-    duplicates: tuple[tuple[Item, ...], ...] = ()
+    with counted("files read") as progress:
+        found = find_data(options.data_root, index_kind=options.data_index, progress=progress)
     if options.check_data:
-        found, duplicates = _checked(found, options)
+        found = _checked(found, options)
+    duplicates = find_duplicates(found.items, found.sizes, memory=Memory(_memory_path(options, "contents")))
     file = NO_VALIDATION if validation is None else validation
-    arranged = arrange(file, found.items, lambda root: find_data(root, index_kind=options.data_index).items)
+    arranged = arrange(file, found.items, lambda root: find_data(root, index_kind=options.data_index).items, duplicates)
     items = [item for item in arranged.training if item.multiply > 0]
     if not items:
         raise UserError(f"data_root = {printable(options.data_root)} leaves no picture to train on")
@@ -157,9 +160,17 @@ def _buckets(options: DataOptions, items: Sequence[Item]) -> tuple[Bucket, ...]:
     return compute_buckets(options.resolution, options.bucket_step)
 
 
-def _checked(found: Found, options: DataOptions) -> tuple[Found, tuple[tuple[Item, ...], ...]]:
-    """`found` without the pictures that do not decode, and those that are there more than once."""
-    broken = check_pictures(found.items, workers=max(1, options.num_workers))
+def _checked(found: Found, options: DataOptions) -> Found:
+    """`found` without the pictures that do not decode."""
+    # Another Pillow may read what this one does not.
+    memory = Memory(_memory_path(options, f"checked-{version('pillow')}"))
+    broken = check_pictures(found.items, workers=max(1, options.num_workers), memory=memory)
     paths = {picture.path for picture in broken}
     items = tuple(item for item in found.items if item.path not in paths)
-    return dataclasses.replace(found, items=items, unreadable=(*found.unreadable, *broken)), find_duplicates(items)
+    return dataclasses.replace(found, items=items, unreadable=(*found.unreadable, *broken))
+
+
+def _memory_path(options: DataOptions, what: str) -> Path | None:
+    """Where `what` is kept between starts: with the index of the first data root."""
+    path = index_path(options.data_index, Path(sources(options.data_root)[0].path))
+    return None if path is None else path.with_stem(f"{path.stem}-{what}")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from data.contents import TEXT_SUFFIXES, inherited_settings, read_contents
@@ -25,17 +25,21 @@ class Found:
         items: in the order of their ids, root by root; ids are unique.
         unreadable: pictures that are left out, each with its reason.
         warnings: what changes nothing and yet should be known.
+        sizes: bytes of picture files by path, as far as they came to be known.
     """
 
     items: tuple[Item, ...]
     unreadable: tuple[Unreadable, ...]
     warnings: tuple[Note, ...]
+    sizes: Mapping[str, int] = field(default_factory=dict, compare=False)
 
 
 def read_folder(
-    root: str, notes: Notes, *, index_kind: str = "off", progress: Callable[[int], None] | None = None
-) -> tuple[list[Item], list[Unreadable]]:
+    root: str, notes: Notes, *, index_kind: str = "off", progress: Callable[[int], object] | None = None
+) -> Found:
     """The pictures below `root` in the order of their ids, and those that cannot be read; mistakes go to `notes`.
+
+    Warnings go there, too.
 
     Raises:
         UserError: there is no such folder.
@@ -55,6 +59,7 @@ def read_folder(
     facts.read([folder for folder in folders if folder.id not in known], IMAGE_SUFFIXES, TEXT_SUFFIXES, progress)
     items: list[Item] = []
     unreadable: list[Unreadable] = []
+    sizes: dict[str, int] = {}
     inherited: dict[str, Settings] = {}
     for folder in folders:
         own = Notes()
@@ -67,13 +72,16 @@ def read_folder(
             if shelf is not None:
                 shelf.keep(folder, contents)
         items.extend(contents.items)
+        sizes |= {folder.at(name): stamp.size for name, stamp in folder.stamps.items()}
         unreadable.extend(contents.unreadable)
         notes.problems.extend(contents.notes.problems)
         notes.warnings.extend(contents.notes.warnings)
     if index is not None and shelf is not None:
         shelf.save()
         index.save(kept=known)
-    return sorted(items, key=lambda item: item.id), sorted(unreadable, key=lambda picture: picture.path)
+    items.sort(key=lambda item: item.id)
+    unreadable.sort(key=lambda picture: picture.path)
+    return Found(tuple(items), tuple(unreadable), (), sizes)
 
 
 def unique_ids(items: Iterable[Item]) -> tuple[Item, ...]:

@@ -6,7 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from random import Random
 from typing import TypeVar
 
@@ -101,6 +101,11 @@ def count_visits(
             used = _rated_sizes(items, everything, rated_target_percent, seed, epoch, epochs)
         counts.append(sum(len(_turns(size, multiply, epoch)) for multiply, size in used.items()))
     return tuple(counts)
+
+
+def epochs_begun(updates: Sequence[int], total: int) -> int:
+    """Epochs that a run of `total` updates begins, of those with so many `updates` each."""
+    return 1 + sum(end < total for end in accumulate(updates))
 
 
 def _group_sizes(items: Sequence[Placed]) -> dict[float, int]:

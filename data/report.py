@@ -13,7 +13,7 @@ from data.captions import is_empty
 from data.folder import Found
 from data.item import Bucket, Item, Update
 from data.lengths import CutCaption
-from data.plan import Placed
+from data.plan import Placed, epochs_begun
 from utils.errors import printable
 
 SHOWN = 5
@@ -53,6 +53,7 @@ def describe_data(
     updates: Sequence[int],
     *,
     batch_size: int,
+    total: int,
     cut: Sequence[CutCaption] = (),
     duplicates: Sequence[Sequence[Item]] = (),
 ) -> Report:
@@ -62,6 +63,7 @@ def describe_data(
         placed: the items that are trained on, with their buckets.
         first_epoch: the plan of epoch 0.
         updates: of every epoch of the run, from `count_updates`.
+        total: updates of the run, which `max_steps` may end earlier.
     """
     lines: list[str] = [f"data: {_count(len(found.items), 'picture')}, {len(placed):,} to train on"]
     files: dict[str, str] = {}
@@ -90,7 +92,7 @@ def describe_data(
     uses = bucket_uses(placed, first_epoch, batch_size)
     lines.extend(_bucket_lines(uses))
     lines.extend(f"advice: {sentence}" for sentence in advice(placed, uses, updates))
-    lines.extend(_update_lines(uses, updates, batch_size))
+    lines.extend(_update_lines(uses, updates, batch_size, total))
     return Report(tuple(lines), files)
 
 
@@ -144,14 +146,14 @@ def _bucket_lines(uses: Sequence[BucketUse]) -> list[str]:
     return lines
 
 
-def _update_lines(uses: Sequence[BucketUse], updates: Sequence[int], batch_size: int) -> list[str]:
+def _update_lines(uses: Sequence[BucketUse], updates: Sequence[int], batch_size: int, total: int) -> list[str]:
     visits, extra = sum(use.visits for use in uses), sum(use.extra for use in uses)
     low, high = min(updates, default=0), max(updates, default=0)
     each = f"{low:,}" if low == high else f"{low:,} to {high:,}"
     micro = _count(extra, "extra micro-batch", "extra micro-batches")
     return [
         f"epoch: {_count(visits, 'visit')}, {each} updates, micro-batches of up to {batch_size}, {micro}",
-        f"run: {_count(len(updates), 'epoch')}, {sum(updates):,} updates",
+        f"run: {_count(epochs_begun(updates, total), 'epoch')}, {total:,} updates",
     ]
 
 

@@ -42,7 +42,7 @@ class Facts:
         folders: Sequence[Folder],
         pictures: frozenset[str],
         texts: frozenset[str],
-        progress: Callable[[int], None] | None = None,
+        progress: Callable[[int], object] | None = None,
     ) -> None:
         """Read all files with an extension in `pictures` or `texts`; `progress` hears the number of each lot."""
         jobs = self._unknown(folders, pictures, texts)
@@ -95,7 +95,7 @@ class Facts:
                         continue
                 yield folder, name, suffix in pictures
 
-    def _keep(self, jobs: Sequence[Job], facts: Iterable[Fact], progress: Callable[[int], None] | None) -> None:
+    def _keep(self, jobs: Sequence[Job], facts: Iterable[Fact], progress: Callable[[int], object] | None) -> None:
         for (folder, name, _), fact in zip(jobs, facts, strict=True):
             self._facts[folder.at(name)] = fact
             if self._index is not None and name in folder.stamps:

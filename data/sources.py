@@ -25,7 +25,7 @@ class Source:
     is_manifest: bool
 
 
-def find_data(data_root: Any, *, index_kind: str = "off", progress: Callable[[int], None] | None = None) -> Found:
+def find_data(data_root: Any, *, index_kind: str = "off", progress: Callable[[int], object] | None = None) -> Found:
     """The pictures of all folders and manifests that `data_root` names, one after another.
 
     Args:
@@ -40,11 +40,14 @@ def find_data(data_root: Any, *, index_kind: str = "off", progress: Callable[[in
     notes = Notes()
     items: list[Item] = []
     unreadable: list[Unreadable] = []
+    sizes: dict[str, int] = {}
     for source in sources(data_root):
         if source.is_manifest:
             some, left_out = read_manifest(source.path, notes)
         else:
-            some, left_out = read_folder(source.path, notes, index_kind=index_kind, progress=progress)
+            found = read_folder(source.path, notes, index_kind=index_kind, progress=progress)
+            some, left_out = list(found.items), list(found.unreadable)
+            sizes |= found.sizes
         items.extend(some)
         unreadable.extend(left_out)
     _nested_roots([source.path for source in sources(data_root) if not source.is_manifest], notes)
@@ -52,7 +55,7 @@ def find_data(data_root: Any, *, index_kind: str = "off", progress: Callable[[in
         raise ProblemsError(notes.problems)
     if not items:
         raise UserError(_nothing_found(data_root, unreadable))
-    return Found(unique_ids(items), tuple(unreadable), tuple(notes.warnings))
+    return Found(unique_ids(items), tuple(unreadable), tuple(notes.warnings), sizes)
 
 
 def sources(data_root: Any) -> tuple[Source, ...]:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from data.item import Item
 from data.validation_file import ValidationFile
@@ -15,6 +13,8 @@ from utils.seeding import stream_seed
 VALIDATION = "val"
 STABILIZED = "train-stabilized"
 COMBINED = "_all_val_combined"
+
+Groups = Sequence[Sequence[Item]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,14 +35,21 @@ class Arrangement:
     notes: tuple[str, ...]
 
 
-def arrange(file: ValidationFile, items: Sequence[Item], read_folder: Callable[[str], Sequence[Item]]) -> Arrangement:
+def arrange(
+    file: ValidationFile,
+    items: Sequence[Item],
+    read_folder: Callable[[str], Sequence[Item]],
+    duplicates: Groups = (),
+) -> Arrangement:
     """What `file` asks for, of the images `items` and of other folders.
 
-    `read_folder` gives the images of a folder, and raises `UserError` for one that cannot be used.
+    Args:
+        read_folder: gives the images of a folder, and raises `UserError` for one that cannot be used.
+        duplicates: groups of images that hold the same bytes.
     """
     training, sets, notes = tuple(items), [], []
     if file.validate_training and file.val_split_mode == "automatic":
-        training, held_out = hold_out(items, file.auto_split_proportion, file.seed)
+        training, held_out = hold_out(items, file.auto_split_proportion, file.seed, duplicates)
         sets.append(WatchedSet(VALIDATION, held_out))
         notes.append(f"validation: {len(held_out)} of {len(items)} images are held out of the training")
         if not held_out and file.auto_split_proportion > 0:
@@ -53,7 +60,7 @@ def arrange(file: ValidationFile, items: Sequence[Item], read_folder: Callable[[
     for name, folder in (file.extra_manual_datasets or {}).items():
         sets.append(WatchedSet(name, tuple(read_folder(folder))))
     if file.stabilize_training_loss:
-        _, part = hold_out(training, file.stabilize_split_proportion, file.seed, least_left=0)
+        _, part = hold_out(training, file.stabilize_split_proportion, file.seed, duplicates, least_left=0)
         sets.append(WatchedSet(STABILIZED, part, trained=True))
     for watched in sets:
         if not watched.items:
@@ -62,18 +69,20 @@ def arrange(file: ValidationFile, items: Sequence[Item], read_folder: Callable[[
 
 
 def hold_out(
-    items: Sequence[Item], proportion: float, seed: int, *, least_left: int = 1
+    items: Sequence[Item], proportion: float, seed: int, duplicates: Groups = (), *, least_left: int = 1
 ) -> tuple[tuple[Item, ...], tuple[Item, ...]]:
     """`items` in two, in the given order: what stays, and the `proportion` (nearest whole number) that is held out.
 
-    Equal files and the images of a named batch_id stay on one side: a held-out copy of a trained image would say
-    nothing. Each group's place in the draw depends on the seed and its first id only, so that an image more does not
-    reshuffle the others. At least one image is held out, if that can be and `proportion` > 0; `least_left` stay.
+    Equal files (`duplicates`) and the images of a named batch_id stay on one side: a held-out copy of a trained image
+    would say nothing. Each group's place in the draw depends on the seed and its first id only, so that an image more
+    does not reshuffle the others. At least one image is held out, if that can be and `proportion` > 0; `least_left`
+    stay.
     """
     wanted = min(round(len(items) * proportion), len(items) - least_left)
     if proportion > 0 and len(items) > least_left:
         wanted = max(wanted, 1)
-    groups = sorted(_inseparable(items), key=lambda group: stream_seed(seed, "hold out", min(i.id for i in group)))
+    groups = _inseparable(items, duplicates)
+    groups.sort(key=lambda group: stream_seed(seed, "hold out", min(i.id for i in group)))
     held: set[str] = set()
     for group in groups:
         if len(held) + len(group) <= wanted:
@@ -86,9 +95,10 @@ def hold_out(
     return stay, tuple(item for item in items if item.id in held)
 
 
-def _inseparable(items: Sequence[Item]) -> list[list[Item]]:
+def _inseparable(items: Sequence[Item], duplicates: Groups) -> list[list[Item]]:
     """The items in groups that a split must not part: equal content, or one named batch_id, and what hangs together."""
     leader = {item.id: item.id for item in items}
+    same = [present for group in duplicates if (present := [item for item in group if item.id in leader])]
 
     def find(id: str) -> str:
         while leader[id] != id:
@@ -96,7 +106,7 @@ def _inseparable(items: Sequence[Item]) -> list[list[Item]]:
             id = leader[id]
         return id
 
-    for group in (*_named(items), *_duplicates(items)):
+    for group in (*_named(items), *same):
         first = find(group[0].id)
         for other in group[1:]:
             leader[find(other.id)] = first
@@ -112,35 +122,3 @@ def _named(items: Iterable[Item]) -> list[list[Item]]:
         if item.batch_id:
             groups[item.batch_id].append(item)
     return list(groups.values())
-
-
-def _duplicates(items: Iterable[Item]) -> list[list[Item]]:
-    """Items whose files are equal; only files of equal length are read."""
-    by_length: dict[int, list[Item]] = defaultdict(list)
-    for item in items:
-        length = _length(item.path)
-        if length is not None:
-            by_length[length].append(item)
-    by_content: dict[bytes, list[Item]] = defaultdict(list)
-    for group in by_length.values():
-        if len(group) > 1:
-            for item in group:
-                content = _content(item.path)
-                if content is not None:
-                    by_content[content].append(item)
-    return [group for group in by_content.values() if len(group) > 1]
-
-
-def _length(path: str) -> int | None:
-    try:
-        return Path(path).stat().st_size
-    except OSError:
-        return None  # decoding will name the file and the reason
-
-
-def _content(path: str) -> bytes | None:
-    try:
-        with Path(path).open("rb") as file:
-            return hashlib.file_digest(file, "blake2b").digest()
-    except OSError:
-        return None

@@ -82,7 +82,7 @@ class DataOptions:
     )
     background: str = option("white", "what shows through transparent pictures", choices=("white", "black", "grey"))
     write_schedule: bool = option(False, "write the visits of every epoch; dry_run: of the first one, here")
-    check_data: bool = option(False, "decode every picture once and look for duplicates before training")
+    check_data: bool = option(False, "decode every picture once before training and leave out those that fail")
     data_index: str = option(
         "cache",
         "where facts about the files are kept for the next start: the user's cache, beside the folder, or nowhere",

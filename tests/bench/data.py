@@ -18,12 +18,14 @@ import torch
 from PIL import Image
 
 from data.buckets import compute_buckets, nearest_bucket
+from data.dataset import read_training_set
 from data.headers import read_header
 from data.item import Bucket, Caption, Item
 from data.pixels import load_pixels
 from data.plan import plan_epoch
 from data.sources import find_data
 from tests.photos import cut, photographs
+from utils.config import DataOptions
 
 
 def seconds(work: Callable[[], object], times: int, before: Callable[[], object] | None = None) -> float:
@@ -58,6 +60,7 @@ def make_folder(root: Path, count: int) -> None:
         folder = root / f"set{number // 1000:03}"
         folder.mkdir(exist_ok=True)
         suffix, content = chance.choice(files)
+        content += number.to_bytes(4) * chance.randint(1, 5_000)  # no two alike, and few of equal length
         for path, data in (
             (folder / f"picture{number:06}{suffix}", content),
             (folder / f"picture{number:06}.txt", f"picture {number}, red, soft light, wide angle".encode()),
@@ -73,6 +76,16 @@ def forget(root: Path) -> None:
         descriptor = os.open(path, os.O_RDONLY)
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(descriptor)
+
+
+def stat_all(folder: Path) -> None:
+    """What no start can do without: every name, size and time is asked for."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir():
+                stat_all(Path(entry.path))
+            else:
+                entry.stat()
 
 
 def open_all(paths: Sequence[str]) -> None:
@@ -93,12 +106,30 @@ def bench_scan(count: int, *, cold: bool) -> None:
         first = seconds(lambda: find_data([root]), 3, before)
         find_data(str(root), index_kind="beside")
         second = seconds(lambda: find_data(str(root), index_kind="beside"), 3, before)
+        limit = seconds(lambda: stat_all(root), 3, before)
     state = "cold" if cold else "warm"
     print(f"scan of {count:,} pictures with captions, {state} files")
     print(f"  Image.open loop   {pillow:7.3f} s")
     print(f"  headers only      {headers:7.3f} s")
     print(f"  first start       {first:7.3f} s   {pillow / first:5.1f} x as fast as the loop (target 1.5)")
-    print(f"  second start      {second:7.3f} s   {first / second:5.1f} x as fast as the first (target 20)")
+    print(f"  second start      {second:7.3f} s   {first / second:5.1f} x as fast as the first")
+    print(f"  scandir and stat  {limit:7.3f} s   the second start takes {second / limit:.2f} of it (target 1.5)")
+
+
+def bench_check(count: int) -> None:
+    """A start that decodes every picture, and the next one, which remembers."""
+    with tempfile.TemporaryDirectory() as place:
+        root = Path(place) / "root"
+        root.mkdir()
+        make_folder(root, count)
+        options = DataOptions(data_root=str(root), resolution=512, data_index="beside", check_data=True)
+
+        def start() -> None:
+            read_training_set(options, seed=1, epochs=1, max_steps=None)
+
+        first, second = seconds(start, 1), seconds(start, 3)
+    print(f"start with check_data, {count:,} pictures of 480 x 320")
+    print(f"  first {first:.2f} s, second {second:.3f} s: {first / second:.0f} x as fast (target 20)")
 
 
 def plain(path: str, bucket: Bucket) -> torch.Tensor:
@@ -166,6 +197,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     bench_scan(options.count, cold=options.cold)
+    bench_check(2_000)
     bench_plan(100_000)
     bench_decode("12-megapixel JPEG", "JPEG", (4032, 3024), 3)
     bench_decode("1-megapixel PNG", "PNG", (1216, 832), 1)

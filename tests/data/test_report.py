@@ -32,7 +32,7 @@ ITEMS = [
 ]
 
 
-def report(items: list[Item], batch_size: int = 2, epochs: int = 3) -> Report:
+def report(items: list[Item], batch_size: int = 2, epochs: int = 3, total: int = 15) -> Report:
     placed = place(items)
     found = Found(
         tuple(items),
@@ -45,6 +45,7 @@ def report(items: list[Item], batch_size: int = 2, epochs: int = 3) -> Report:
         plan_epoch(placed, batch_size=batch_size, grad_accum=1, seed=1, epoch=0),
         count_updates(placed, batch_size=batch_size, grad_accum=1, seed=1, epochs=epochs),
         batch_size=batch_size,
+        total=total,
         cut=[CutCaption(items[0], 80, "old red barn")],
         duplicates=[items[:2]],
     )
@@ -74,11 +75,15 @@ def test_everything_is_said() -> None:
     assert all(line.isprintable() for line in report(ITEMS).lines)
 
 
+def test_a_run_that_ends_early_says_so() -> None:
+    assert "run: 2 epochs, 7 updates" in report(ITEMS, total=7).lines
+
+
 def test_what_is_not_there_is_not_mentioned() -> None:
     placed = place(ITEMS[:5])
     found = Found(tuple(ITEMS[:5]), (), ())
     plan = plan_epoch(placed, batch_size=2, grad_accum=1, seed=1, epoch=0)
-    clean = describe_data(found, placed, plan, [3], batch_size=2)
+    clean = describe_data(found, placed, plan, [3], batch_size=2, total=3)
     assert clean.files == {}
     assert not any(word in "\n".join(clean.lines) for word in ("left out", "enlarged", "empty", "advice"))
 

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data.checks import find_duplicates
 from data.item import Caption, Item
 from data.validation import STABILIZED, VALIDATION, arrange, hold_out
 from data.validation_file import ValidationFile, epoch_of, read_validation_file, validation_updates
@@ -56,7 +57,7 @@ def test_duplicates_and_groups_stay_on_one_side(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(b"picture %03d" % (number // 2))  # each twice
         everything.append(item(name, tmp_path, batch_id=f"group {number // 8}" if number < 16 else ""))
     for seed in range(20):
-        stay, held = hold_out(everything, 0.3, seed)
+        stay, held = hold_out(everything, 0.3, seed, find_duplicates(everything))
         sides = [
             ({i.batch_id for i in part if i.batch_id}, {Path(i.path).read_bytes() for i in part})
             for part in (stay, held)
