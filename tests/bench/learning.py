@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -40,9 +41,14 @@ class Trained:
 def train(out: Path, changes: Mapping[str, Any], *, optimizer: Mapping[str, Any] | None = None) -> Trained:
     """Run train.py in a process of its own on starter/train.json with `changes`, logging into `out`.
 
+    A run that is done there already is not done again: the table takes hours and may be cut off.
     `optimizer`: changes to the "base" of starter/optimizer.json. Raises `RuntimeError` with the output if it fails.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    done_file = out / "seconds.json"
+    if done_file.exists():
+        return finished(out, json.loads(done_file.read_text(encoding="utf-8")))
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
     options = json.loads(CONFIG.read_text(encoding="utf-8"))
     rates = json.loads((ROOT / options["optimizer_config"]).read_text(encoding="utf-8"))
     rates["base"] |= dict(optimizer or {})
@@ -63,6 +69,12 @@ def train(out: Path, changes: Mapping[str, Any], *, optimizer: Mapping[str, Any]
     seconds = time.perf_counter() - started
     if done.returncode != 0:
         raise RuntimeError(done.stdout + done.stderr)
+    done_file.write_text(json.dumps(seconds), encoding="utf-8")
+    return finished(out, seconds)
+
+
+def finished(out: Path, seconds: float) -> Trained:
+    """What a run of `seconds` has left in `out`."""
     (folder,) = (path for path in (out / "logs").iterdir() if path.is_dir())
     checkpoints = sorted((folder / "ckpts").glob("last-*"))
     averages = [path for path in checkpoints if path.name.endswith("_ema")]
@@ -95,16 +107,21 @@ def teach(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     yield {"before": before}
     after = []
     for seed in options.seeds:
-        run = train(options.out / f"teach-{seed}", {"seed": seed})
+        run = taught(options.out, seed)
         after.append(marks(run.checkpoint, options.count))
         yield {"seed": seed, "seconds": round(run.seconds, 1)} | after[-1]
     yield {"after": summary(after), "old_lost": before["old"] - statistics.mean(row["old"] for row in after)}
 
 
+def taught(out: Path, seed: int) -> Trained:
+    """`make train` with another seed; checkpoints on the way, which do not change what is learned."""
+    return train(out / f"teach-{seed}", {"seed": seed, "save_every_n_epochs": 10})
+
+
 def speed(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Figure 5: updates and seconds of training until 90 % of the new concept's pictures are right."""
     for seed in options.seeds:
-        run = train(options.out / f"speed-{seed}", {"seed": seed, "save_every_n_epochs": 5})
+        run = taught(options.out, seed)
         questions = new_questions(options.count, seen=TAUGHT)
         curve = []
         for checkpoint in sorted((run.folder / "ckpts").glob("*-gs*"), key=update_of):
