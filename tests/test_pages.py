@@ -9,7 +9,9 @@ import pytest
 
 from utils.file_tree import PAGE, page
 
+ROOMS = ("training", "data", "optimizer", "plugins", "utils", "starter")
 ROOT = Path(__file__).parent.parent
+SOURCES = sorted([ROOT / "train.py", *(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))])
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 
 
@@ -29,3 +31,9 @@ def test_every_page_is_linked_from_the_readme() -> None:
     text = PAGE.read_text(encoding="utf-8")
     for path in (ROOT / "docs").glob("*.md"):
         assert f"docs/{path.name}" in text, path.name
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_pages_that_the_program_names_are_there(path: Path) -> None:
+    for name in re.findall(r"docs/[\w-]+\.md", path.read_text(encoding="utf-8")):
+        assert (ROOT / name).exists(), name

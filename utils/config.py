@@ -273,7 +273,7 @@ SECTIONS: dict[str, type] = {
 OBSOLETE: dict[str, str] = {
     "notebook": "not needed",
     "amp": "mixed precision is on by default; disable_amp turns it off",
-    "lowvram": "not needed; see docs/memory.md",
+    "lowvram": "not needed; gradient_checkpointing saves memory, and docs/optimizers.md says what else does",
     "ed1_mode": "not needed",
     "useadam8bit": "choose the optimizer in the optimizer file",
     "disable_xformers": "choose with attn_type",
