@@ -8,18 +8,21 @@ import pytest
 from PIL import Image
 
 from tests.board import available, board
-from utils.tracking import Tracker
+from utils.tracking import Tracker, charts
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not available(), reason="needs chromium and chromedriver")]
 
 
 def test_every_page(tmp_path: Path) -> None:
     tracker = Tracker(tmp_path / "run")
-    tracker.layout()
+    tracker.layout(charts(["val", "a (new) set"]))
     tracker.text("config", "caption <img src=http://127.0.0.1:9/x.png> *stars*")
     tracker.hparams({"lr": 1e-6, "batch_size": 4})
     for update in range(10, 60, 10):
-        tracker.scalars(update, {"loss/log_step": 1 / update, "loss/val": 0.5, "hyperparameter/lr unet": 1e-6})
+        tracker.scalars(
+            update,
+            {"loss/log_step": 1 / update, "loss/val": 0.5, "loss/a (new) set": 0.4, "hyperparameter/lr unet": 1e-6},
+        )
     tracker.image("sample_000_a_cat", Image.new("RGB", (96, 40), "orange"), 50)
     tracker.histogram("timesteps", [1, 2, 3], [0, 10, 20, 30], 50)
     tracker.close()
@@ -28,7 +31,7 @@ def test_every_page(tmp_path: Path) -> None:
         text = browser.wait_for("/lr unet")
         assert "/log_step" in text
         browser.open(address + "#custom_scalars")
-        text = browser.wait_for("held-out images")
+        text = browser.wait_for("a (new) set")
         assert all(name in text for name in ("training", "learning rate", "images per second"))
         browser.open(address + "#text")
         assert "<img src=http://127.0.0.1:9/x.png> *stars*" in browser.wait_for("caption")

@@ -111,9 +111,24 @@ def test_the_exported_folder_draws_the_same_picture_elsewhere(watched: Path) -> 
 
 def test_the_board_is_laid_out(watched: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.custom_scalar import layout_pb2
+    from tensorboard.plugins.hparams import metadata
 
-    tags = EventAccumulator(str(run_folder(watched)), size_guidance={"images": 0}).Reload().Tags()
-    assert {"config/text_summary", "data/text_summary", "custom_scalars__config__"} <= set(tags["tensors"])
+    events = EventAccumulator(str(run_folder(watched)), size_guidance={"images": 0}).Reload()
+    tags = events.Tags()
+    texts = ("config", "optimizer", "validation", "data")
+    assert {*(f"{text}/text_summary" for text in texts), "custom_scalars__config__"} <= set(tags["tensors"])
+    layout = layout_pb2.Layout()
+    layout.ParseFromString(events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
+    charts = {category.title: [chart.title for chart in category.chart] for category in layout.category}
+    assert charts["validation"][:3] == ["style", "train-stabilized", "relative to the first"]
+    assert charts["performance"] == ["images per second", "minutes per epoch"], "no memory is told on the CPU"
+    start = metadata.parse_session_start_info_plugin_data(
+        events.PluginTagToContent("hparams")[metadata.SESSION_START_INFO_TAG]
+    )
+    assert start.hparams["lr"].number_value == 1e-3
+    assert start.hparams["lr text encoder"].number_value == 5e-4, "the optimizer file says it, no option does"
+    assert start.hparams["optimizer"].string_value == "adamw"
     assert {"sample_000_a_cat", "sample_000_ema_a_cat", "first_update"} <= set(tags["images"])
     assert tags["histograms"] == ["timesteps"]
     assert {"loss/log_step", "loss/epoch", "hyperparameter/lr unet", "performance/images per second"} <= set(

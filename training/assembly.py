@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -13,6 +15,7 @@ from data.index import cache_folder
 from data.lengths import CutCaption, cut_captions, load_lengths, save_lengths
 from data.report import write_report
 from data.substitutes import Failures
+from data.validation import COMBINED
 from optimizer.settings import part_settings
 from training.inputs import Inputs
 from training.parts import (
@@ -47,7 +50,7 @@ from utils.saving import Retention
 from utils.start import Start
 from utils.stopping import StopSignal
 from utils.timetable import Timetable
-from utils.tracking import Tracker
+from utils.tracking import Charts, Tracker, charts
 from utils.writer import CheckpointWriter
 
 
@@ -197,10 +200,44 @@ def write_inputs(session: Session, inputs: Inputs) -> None:
         LOGGER.warning("%d captions are longer than the text encoder reads; see cut_captions.txt", len(cut))
     report = session.data.report(cut)
     write_report(report, session.run.folder)
-    session.tracker.layout()
-    session.tracker.text("config", "\n".join(f"{name}: {value}" for name, value in values.items()))
-    session.tracker.text("data", "\n".join(report.lines))
-    session.tracker.hparams(values)
+    tracker = session.tracker
+    tracker.layout(run_charts(session))
+    tracker.text("config", as_json(values))
+    tracker.text("optimizer", session.run.opt_json.read_text(encoding="utf-8"))
+    if inputs.validation is not None:
+        tracker.text("validation", as_json(dataclasses.asdict(inputs.validation)))
+    tracker.text("data", "\n".join(report.lines))
+    tracker.hparams(values | rates_in_force(session))
+
+
+def as_json(values: Mapping[str, Any]) -> str:
+    """`values` as users write them."""
+    return json.dumps(values, indent=2, ensure_ascii=False)
+
+
+def rates_in_force(session: Session) -> dict[str, Any]:
+    """What flags, optimizer file and defaults come to: runs are compared by that, not by where it is written."""
+    found: dict[str, Any] = {"lr": None, "lr_scheduler": None}
+    for name, label in (("text_encoder", "lr text encoder"), ("unet", "lr")):
+        if name in session.parts:
+            part = session.parts[name]
+            found |= {label: part.rate, "lr_scheduler": part.options["lr_scheduler"], "optimizer": part.optimizer_name}
+    return found
+
+
+def run_charts(session: Session) -> Charts:
+    """The charts for what this run will report."""
+    watched = [watched.name for watched in session.data.watched]
+    if sum(not watched.trained for watched in session.data.watched) > 1:
+        watched.append(COMBINED)
+    file = session.inputs.validation
+    return charts(
+        watched,
+        relative=file is not None and file.use_relative_loss,
+        norms=session.inputs.optimizer.values.log_grad_norm,
+        loss_scale=session.device.needs_loss_scale,
+        memory=session.device.memory_gib() is not None,
+    )
 
 
 def find_cut_captions(session: Session) -> tuple[CutCaption, ...]:

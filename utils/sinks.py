@@ -62,8 +62,9 @@ class EventSink:
 
         folder.mkdir(parents=True, exist_ok=True)
         name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{next(self._numbers)}"
+        # The budget is the run's, not that of one start or of one file.
+        self._picture_bytes = sum(path.stat().st_size for path in folder.glob("events.out.tfevents.*"))
         self.path = folder / name
-        self._picture_bytes = 0
         self._told = False
         self._append(Event(wall_time=time.time(), file_version="brain.Event:2"))
         if resume_update is not None:

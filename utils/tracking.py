@@ -16,30 +16,51 @@ if TYPE_CHECKING:
 METRICS = "metrics.jsonl"
 # A table of every option would show none of these.
 COMPARED = (
-    *("lr", "lr_scheduler", "batch_size", "grad_accum", "resolution", "max_epochs", "optimizer_config", "seed"),
-    *("disable_unet_training", "disable_textenc_training", "clip_skip", "cond_dropout", "flip_p", "shuffle_tags"),
+    *("optimizer", "lr", "lr text encoder", "lr_scheduler", "batch_size", "grad_accum", "resolution", "max_epochs"),
+    *("disable_unet_training", "disable_textenc_training", "clip_skip", "cond_dropout", "flip_p", "seed"),
     *("zero_frequency_noise_ratio", "enable_zero_terminal_snr", "min_snr_gamma", "loss_type", "clip_grad_norm"),
-    *("timestep_start", "timestep_end", "ema_decay_rate", "ema_strength_target"),
+    *("timestep_start", "timestep_end", "ema_decay_rate", "ema_strength_target", "shuffle_tags"),
 )
-LAYOUT: dict[str, dict[str, list[str]]] = {
-    "loss": {"training": ["loss/log_step", "loss/epoch"]},
-    "validation": {
-        "held-out images": ["loss/val( ema)?", "loss/_all_val_combined( ema)?"],
-        "of the training": ["loss/train-stabilized( ema)?"],
-        "bands of timesteps": ["validation/val band .*"],
-        "relative to the first": ["validation/.* relative( ema)?"],
-    },
-    "rates": {
-        "learning rate": ["hyperparameter/lr.*"],
-        "gradient norm": ["optimizer/.*grad_norm"],
-        "loss scale": ["hyperparameter/grad scale"],
-    },
-    "performance": {
-        "images per second": ["performance/images per second"],
-        "memory": ["performance/vram"],
-        "minutes per epoch": ["performance/minutes per epoch"],
-    },
-}
+Charts = dict[str, dict[str, list[str]]]
+BANDS = 4
+
+
+def charts(
+    watched: Sequence[str] = (),
+    *,
+    relative: bool = False,
+    norms: bool = True,
+    loss_scale: bool = False,
+    memory: bool = False,
+) -> Charts:
+    """The charts of a run, in groups: title and patterns of tags, for what the run will report and nothing else.
+
+    One chart has curves of one kind only, because TensorBoard gives all curves of a run the same colour.
+
+    Args:
+        watched: names of the watched sets, in order.
+    """
+    layout: Charts = {"loss": {"training": ["loss/log_step$", "loss/epoch$"]}}
+    if watched:
+        layout["validation"] = {name: [f"loss/{re.escape(name)}( ema)?$"] for name in watched}
+        if relative:
+            layout["validation"]["relative to the first"] = ["validation/.* relative$"]
+        for band in range(1, BANDS + 1):
+            tag = f"validation/{re.escape(watched[0])} band {band} "
+            layout["validation"][f"{watched[0]}, band {band} of {BANDS}"] = [tag]
+    layout["rates"] = {"learning rate": ["hyperparameter/lr "]}
+    if norms:
+        layout["rates"]["gradient norm"] = ["optimizer/.*_grad_norm$"]
+        layout["rates"]["gradient norm before clipping"] = ["optimizer/.*_pre_clip_norm$"]
+    if loss_scale:
+        layout["rates"]["loss scale"] = ["hyperparameter/grad scale$"]
+    layout["performance"] = {
+        "images per second": ["performance/images per second$"],
+        "minutes per epoch": ["performance/minutes per epoch$"],
+    }
+    if memory:
+        layout["performance"]["memory"] = ["performance/vram$"]
+    return layout
 
 
 class Tracker:
@@ -90,7 +111,7 @@ class Tracker:
         """Report counts between `edges`, of which there is one more."""
         self._tell("histogram", tag, list(counts), list(edges), update)
 
-    def layout(self, charts: Mapping[str, Mapping[str, Sequence[str]]] = LAYOUT) -> None:
+    def layout(self, charts: Mapping[str, Mapping[str, Sequence[str]]]) -> None:
         """Group curves into charts: for each group the charts, for each chart the tags or patterns of tags."""
         self._tell("layout", charts)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from pathlib import Path
 
 import pytest
@@ -31,9 +32,12 @@ def test_offline_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(torch.get_rng_state(), state[1])
     (run,) = (tmp_path / "wandb").glob("offline-run-*")
     (binary,) = run.glob("*.wandb")
-    content = binary.read_bytes()
-    for name in (b"loss/log_step", b"0.125", b"loss/val", b"sample_000_cat", b"timesteps"):
-        assert name in content
+    names = (b"loss/log_step", b"0.125", b"loss/val", b"sample_000_cat", b"timesteps")
+    until = time.monotonic() + 30
+    # Its own process writes the file, a moment after `finish` has come back.
+    while missing := [name for name in names if name not in binary.read_bytes()]:
+        assert time.monotonic() < until, missing
+        time.sleep(0.05)
     (page,) = run.glob("files/media/html/config*.html")
     assert "&lt;b&gt;text" in page.read_text(encoding="utf-8")
     (picture,) = run.glob("files/media/images/sample_000_cat*.jpg")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 import time
 from collections.abc import Iterator
 from itertools import pairwise
@@ -19,7 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from utils import sinks
 from utils.logs import close_logs, open_console
 from utils.sinks import EventSink, Guard, MetricsSink, small_jpeg
-from utils.tracking import METRICS, Tracker, plain_words, sample_tag
+from utils.tracking import METRICS, Tracker, charts, plain_words, sample_tag
 
 
 @pytest.fixture
@@ -79,14 +80,15 @@ def test_pictures_are_small_and_their_originals_elsewhere(tmp_path: Path, monkey
     tracker = Tracker(tmp_path)
     for update in range(4):
         tracker.image("sample_000_noise", picture, update)
+    Tracker(tmp_path, resume_update=3).image("sample_000_noise", picture, 4)
     images = board(tmp_path).Images("sample_000_noise")
-    assert [image.step for image in images] == [0, 1], "the budget is spent"
+    assert [image.step for image in images] == [0, 1], "the budget is spent, also for a run that goes on"
     assert Image.open(io.BytesIO(images[0].encoded_image_string)).size == small.size
 
 
 def test_charts_histogram_and_hparams_can_be_read(tmp_path: Path) -> None:
     tracker = Tracker(tmp_path)
-    tracker.layout()
+    tracker.layout(charts(["val"]))
     tracker.hparams({"lr": 1e-6, "lr_scheduler": "cosine", "flip_p": None, "shuffle_tags": True, "logdir": "logs"})
     tracker.histogram("timesteps", [5, 0, 2], [0, 10, 20, 30], 7)
     seen = board(tmp_path)
@@ -105,6 +107,27 @@ def test_charts_histogram_and_hparams_can_be_read(tmp_path: Path) -> None:
     assert start.hparams["lr_scheduler"].string_value == "cosine"
     assert start.hparams["shuffle_tags"].string_value == "true"
     assert set(start.hparams) == {"lr", "lr_scheduler", "shuffle_tags"}
+
+
+def test_charts_show_each_set_and_nothing_that_does_not_come() -> None:
+    def shown(tag: str, **found: Any) -> list[str]:
+        layout = charts(["val", "a (new) set", "val2"], **found)
+        return [
+            title for group in layout.values() for title, tags in group.items() if any(re.match(t, tag) for t in tags)
+        ]
+
+    for name in ("val", "a (new) set", "val2"):
+        assert shown(f"loss/{name}") == shown(f"loss/{name} ema") == [name]
+    assert shown("validation/val band 2 t250-499 ema") == ["val, band 2 of 4"]
+    assert shown("validation/val relative", relative=True) == ["relative to the first"]
+    assert shown("optimizer/unet_grad_norm") == ["gradient norm"]
+    assert shown("optimizer/te_pre_clip_norm") == ["gradient norm before clipping"]
+    assert shown("hyperparameter/lr text encoder") == ["learning rate"]
+    assert shown("hyperparameter/grad scale", loss_scale=True) == ["loss scale"]
+    assert shown("performance/vram", memory=True) == ["memory"]
+    assert set(charts()) == {"loss", "rates", "performance"}
+    assert set(charts()["performance"]) == {"images per second", "minutes per epoch"}
+    assert set(charts(norms=False)["rates"]) == {"learning rate"}
 
 
 def test_a_resumed_run_drops_what_came_after_its_checkpoint(tmp_path: Path) -> None:
