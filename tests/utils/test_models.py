@@ -167,6 +167,12 @@ def test_other_families_are_refused_by_name(folder: Path) -> None:
             load_models(folder)
 
 
+def test_text_encoders_of_other_kinds_are_refused_by_name(folder: Path) -> None:
+    edit_json(folder / "text_encoder/config.json", model_type="xlm-roberta")
+    with pytest.raises(UserError, match="its text encoder is a xlm-roberta"):
+        load_models(folder)
+
+
 def test_weights_that_do_not_fit_are_named(folder: Path, pristine: Path) -> None:
     def broken(match: str, **tensors: torch.Tensor | None) -> None:
         changed = {**load_file(pristine / UNET), **tensors}
