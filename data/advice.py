@@ -37,9 +37,11 @@ def _extreme(placed: Sequence[Placed]) -> list[str]:
     beyond = [item for item, _ in placed if not _within(item.width / item.height)]
     if not beyond:
         return []
-    verb = "picture is" if len(beyond) == 1 else "pictures are"
+    if len(beyond) == 1:
+        return [f"1 picture is longer than {MAX_RATIO:g}:1 and loses its ends; cut it into several pictures yourself"]
     return [
-        f"{len(beyond):,} {verb} longer than {MAX_RATIO:g}:1 and lose the ends; cut them into several pictures yourself"
+        f"{len(beyond):,} pictures are longer than {MAX_RATIO:g}:1 and lose their ends; "
+        "cut them into several pictures yourself"
     ]
 
 
@@ -54,8 +56,9 @@ def _cropped(placed: Sequence[Placed]) -> list[str]:
         if _within(item.width / item.height):
             losses[shape_name(item.width, item.height), bucket].append(crop_loss(item.width, item.height, bucket))
     return [
-        f"{len(lost):,} {'picture' if len(lost) == 1 else 'pictures'} of about {shape} lose "
-        f"{100 * sum(lost) / len(lost):.0f} % in {bucket.width} x {bucket.height}; "
+        f"{'1 picture' if len(lost) == 1 else f'{len(lost):,} pictures'} of about {shape} "
+        f"{'loses' if len(lost) == 1 else 'lose'} {100 * sum(lost) / len(lost):.0f} % "
+        f"in {bucket.width} x {bucket.height}; "
         "a smaller bucket_step or fitted buckets keep more of them"
         for (shape, bucket), lost in sorted(losses.items())
         if sum(lost) > _MUCH * len(lost)

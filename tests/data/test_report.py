@@ -113,6 +113,12 @@ def test_advice() -> None:
     plan = plan_epoch(placed, batch_size=2, grad_accum=1, seed=1, epoch=0)
     text = " ".join(advice(placed, bucket_uses(placed, plan, 2), [12]))
     assert "12 pictures are longer than 4:1" in text
+    one = [place(panoramas[:1])[0], (cinema[0], Bucket(640, 384))]
+    alone = " ".join(
+        advice(one, bucket_uses(one, plan_epoch(one, batch_size=2, grad_accum=1, seed=1, epoch=0), 2), [2])
+    )
+    assert "1 picture is longer than 4:1 and loses its ends" in alone
+    assert "1 picture of about 21:9 loses" in alone
     assert "12 pictures of about 21:9 lose 29 % in 640 x 384" in text
     enlarged = place([item("a", 300, 300), item("b", 4000, 4000)])
     plan = plan_epoch(enlarged, batch_size=2, grad_accum=1, seed=1, epoch=0)
