@@ -12,7 +12,8 @@ from data.headers import PictureError
 from data.item import Bucket, Item
 from data.pixels import load_pixels
 from data.turning import Turning
-from data.validation import COMBINED, VALIDATION, WatchedSet
+from data.validation import WatchedSet
+from data.validation_file import COMBINED, VALIDATION
 from utils.logs import LOGGER
 from utils.seeding import stream, tensor_stream
 

@@ -7,12 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from data.item import Item
-from data.validation_file import ValidationFile
+from data.validation_file import STABILIZED, VALIDATION, ValidationFile
 from utils.seeding import stream_seed
-
-VALIDATION = "val"
-STABILIZED = "train-stabilized"
-COMBINED = "_all_val_combined"
 
 Groups = Sequence[Sequence[Item]]
 

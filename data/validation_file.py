@@ -17,6 +17,8 @@ from utils.schema import option, read_values
 # Older files call these so.
 OLD_NAMES = {"val_split_proportion": "auto_split_proportion", "val_data_root": "manual_data_root"}
 COMMENTS = ("documentation", "doc")
+# Names of sets, as in `loss/{name}`.
+VALIDATION, STABILIZED, COMBINED = "val", "train-stabilized", "_all_val_combined"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,11 +62,20 @@ def read_validation_file(path: Path | str) -> tuple[ValidationFile, list[str]]:
     if extra is not None and not _is_named_folders(extra):
         problems.append(Problem(where, "extra_manual_datasets", extra, "must be an object of names and folders"))
     file = ValidationFile(**values) if not problems else ValidationFile()
+    for name in sorted(_taken_names(file) & set(file.extra_manual_datasets or {})):
+        remedy = f"is the name of another curve, loss/{name}; call the set something else"
+        problems.append(Problem(where, "extra_manual_datasets", name, remedy))
     if not problems and file.validate_training and file.val_split_mode == "manual" and file.manual_data_root is None:
         problems.append(Problem(where, "manual_data_root", None, "is missing; val_split_mode = manual needs a folder"))
     if problems:
         raise ProblemsError(problems)
     return file, warnings
+
+
+def _taken_names(file: ValidationFile) -> set[str]:
+    taken = {COMBINED, "log_step", "epoch"}
+    taken |= {VALIDATION} if file.validate_training and file.val_split_mode != "none" else set()
+    return taken | ({STABILIZED} if file.stabilize_training_loss else set())
 
 
 def _is_named_folders(value: Any) -> bool:

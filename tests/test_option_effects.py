@@ -504,6 +504,7 @@ def the_last_timestep_is_pure_noise(lab: Lab) -> None:
     assert not same(on.weights("unet"), lab.run().weights("unet"))
     files = [json.loads((each.last / "scheduler/scheduler_config.json").read_text()) for each in (on, lab.run())]
     assert files[0] != files[1], "exports are marked"
+    assert ["a model that predicts the noise" in each.told for each in (on, lab.run())] == [True, False]
 
 
 @row("timestep_start")

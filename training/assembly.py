@@ -15,7 +15,7 @@ from data.index import cache_folder
 from data.lengths import CutCaption, cut_captions, load_lengths, save_lengths
 from data.report import write_report
 from data.substitutes import Failures
-from data.validation import COMBINED
+from data.validation_file import COMBINED
 from optimizer.settings import part_settings
 from training.inputs import Inputs
 from training.parts import (

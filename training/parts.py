@@ -107,6 +107,11 @@ def build_networks(models: Models, options: Options, device: Device) -> Networks
 
 def build_run_objective(models: Models, options: Options, device: Device) -> Objective:
     """The objective on the noise schedule that the model is trained with."""
+    if zero_terminal_snr(options) and models.prediction_type == "epsilon":
+        LOGGER.warning(
+            "zero terminal SNR with a model that predicts the noise: at the last timestep there is nothing else, so "
+            "it learns nothing there and samples come out wrong; use it with v-prediction, or leave it out"
+        )
     scheduler = noise_scheduler(models, "ddpm", zero_terminal_snr(options))
     return build_objective(
         scheduler.alphas_cumprod,

@@ -131,6 +131,8 @@ class SamplePlan:
                 self._told = str(error)
                 LOGGER.warning("the sample file is broken, so its last good form is used; " + self._told)
         values = self._values
+        # A caption that was dropped for its visit says nothing; those that were heard are what the user means.
+        captions = [text for text in captions if text.strip()] or captions
         entries = self._entries or tuple(SampleEntry(prompt=text) for text in captions[:MOST_CAPTIONS])
         return SampleSheet(
             jobs=tuple(self._job(index, entry, update, captions) for index, entry in enumerate(entries)),

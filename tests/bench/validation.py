@@ -16,7 +16,8 @@ from torch import Tensor
 from data.buckets import compute_buckets, nearest_bucket
 from data.probes import Probe, Validation
 from data.sources import find_data
-from data.validation import VALIDATION, WatchedSet, hold_out
+from data.validation import WatchedSet, hold_out
+from data.validation_file import VALIDATION
 from optimizer.objective import Moments, Networks, Objective, build_objective, to_unit_range
 from optimizer.probe import probe_losses
 from utils.config import DeviceOptions, LossOptions, NoiseOptions

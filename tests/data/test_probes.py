@@ -17,7 +17,8 @@ from data.item import Item
 from data.probes import MOST_PER_IMAGE, Probe, Validation, bands, probe_points
 from data.sources import find_data
 from data.turning import Turning
-from data.validation import VALIDATION, WatchedSet
+from data.validation import WatchedSet
+from data.validation_file import VALIDATION
 from tests.photos import make_photo_folder
 
 BUCKETS = compute_buckets(64, 8)

@@ -12,8 +12,16 @@ from hypothesis import strategies as st
 
 from data.checks import find_duplicates
 from data.item import Caption, Item
-from data.validation import STABILIZED, VALIDATION, arrange, hold_out
-from data.validation_file import ValidationFile, epoch_of, read_validation_file, validation_updates
+from data.validation import arrange, hold_out
+from data.validation_file import (
+    COMBINED,
+    STABILIZED,
+    VALIDATION,
+    ValidationFile,
+    epoch_of,
+    read_validation_file,
+    validation_updates,
+)
 from utils.errors import ProblemsError
 
 
@@ -124,6 +132,20 @@ def test_all_mistakes_at_once(tmp_path: Path) -> None:
     assert "did you mean every_n_epochs?" in str(caught.value)
     with pytest.raises(ProblemsError, match="manual needs a folder"):
         read_validation_file(write(tmp_path, {"val_split_mode": "manual"}))
+
+
+def test_two_sets_cannot_share_a_curve(tmp_path: Path) -> None:
+    def read(*names: str, **changes: Any) -> ValidationFile:
+        values = {"extra_manual_datasets": dict.fromkeys(names, "folder")} | changes
+        return read_validation_file(write(tmp_path, values))[0]
+
+    for name in (VALIDATION, COMBINED, "log_step", "epoch"):
+        with pytest.raises(ProblemsError, match=f"{name}.*another curve"):
+            read("style", name)
+    with pytest.raises(ProblemsError, match="another curve"):
+        read(STABILIZED, stabilize_training_loss=True)
+    assert read("style", STABILIZED).extra_manual_datasets
+    assert read(VALIDATION, val_split_mode="none").extra_manual_datasets
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,8 @@ def test_an_empty_or_missing_file_stands_for_captions(tmp_path: Path, text: str 
     path = tmp_path / "prompts.txt"
     if text is not None:
         path.write_text(text)
-    assert [job.prompt for job in jobs(path, ("a", "b", "c", "d", "e"))] == ["a", "b", "c", "d"]
+    assert [job.prompt for job in jobs(path, ("a", "", "b", "c", "d", "e"))] == ["a", "b", "c", "d"]
+    assert [job.prompt for job in jobs(path, ("", ""))] == ["", ""], "nothing else was trained"
 
 
 def test_no_file_no_samples() -> None:
