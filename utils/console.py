@@ -28,6 +28,7 @@ class Bar:
         self._done = start
         self._clock = clock
         self._first: tuple[int, float] | None = None
+        self._shown = ""
         self._stream = sys.stdout if stream is None else stream
         self._bar: Any = None
         if is_terminal(self._stream):
@@ -38,11 +39,11 @@ class Bar:
                 total=total,
                 initial=start,
                 file=self._stream,
-                unit=" updates",
                 # A terminal that does not know its width (docker run -t) would get an empty bar.
                 **({"dynamic_ncols": True} if _columns(self._stream) else {"ncols": 100}),
                 mininterval=0.2,
-                smoothing=0.05,
+                # Its own guess of the time left swings with every sample; ours stands at the end of the line.
+                bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]",
             )
 
     def advance(self, updates: int = 1) -> None:
@@ -51,7 +52,7 @@ class Bar:
         if self._first is None:
             self._first = (self._done, self._clock())
         if self._bar is not None:
-            self._guard(lambda: self._bar.update(updates))
+            self._guard(lambda: self._redraw(updates))
 
     def show(
         self,
@@ -72,14 +73,13 @@ class Bar:
             parts.append(f"{images_per_second:.3g} images/s")
         if memory_gib is not None:
             parts.append(f"{memory_gib[0]:.1f} of {memory_gib[1]:.1f} GiB")
-        shown = ", ".join(parts)
-        left = self.seconds_left()
-        line = f"update {self._done}/{self.total}, {shown}" + ("" if left is None else f", {duration(left)} left")
+        self._shown = ", ".join(parts)
+        line = f"update {self._done}/{self.total}, {self._shown}{self._left()}"
         if self._bar is None:
             LOGGER.info("%s", line)
         else:
             LOGGER.info("%s", line, extra=FILE_ONLY)
-            self._guard(lambda: self._bar.set_postfix_str(shown, refresh=True))
+            self._guard(lambda: (self._redraw(0), self._bar.refresh()))
 
     def seconds_left(self) -> float | None:
         """Seconds to the end at the pace so far, samples and saves included; `None` before the second update.
@@ -90,6 +90,14 @@ class Bar:
             return None
         done, since = self._first
         return (self._clock() - since) / (self._done - done) * max(0, self.total - self._done)
+
+    def _left(self) -> str:
+        left = self.seconds_left()
+        return "" if left is None else f", {duration(left)} left"
+
+    def _redraw(self, updates: int) -> None:
+        self._bar.set_postfix_str((self._shown + self._left()).removeprefix(", "), refresh=False)
+        self._bar.update(updates)
 
     def close(self) -> None:
         """Leave the bar as it stands and go to the next line."""
@@ -164,7 +172,7 @@ def end_summary(
     """What a run has done, and where its files are, a line each; `outcome`: finished, interrupted, ..."""
     pace = f", {images / seconds:.3g} images/s" if seconds > 0 and images else ""
     final = "" if loss is None else f", loss {loss:.4f}"
-    lines = [f"{outcome}: {updates} updates, {images} images in {duration(seconds)}{pace}{final}"]
+    lines = [f"{outcome}: {updates} updates, {images} images in {duration(seconds)} of training{pace}{final}"]
     width = max((len(name) for name in paths), default=0)
     lines += [f"  {name:<{width}}  {printable(path)}" for name, path in paths.items()]
     return "\n".join(lines)

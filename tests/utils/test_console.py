@@ -54,14 +54,19 @@ def test_a_bar_on_a_terminal_and_the_line_in_the_file(tmp_path: Path) -> None:
     with os.fdopen(side, "w") as stream:
         open_console(stream)
         open_log_file(tmp_path / "run.log")
-        with Bar(10, stream=stream) as bar:
+        now = [0.0]
+        with Bar(10, stream=stream, clock=lambda: now[0]) as bar:
             bar.advance(4)
             bar.show(epoch=1, loss=0.5)
+            now[0] = 100.0
+            bar.advance(1)
+            bar.show(epoch=1, loss=0.25)
         stream.flush()
         shown = os.read(main, 100_000).decode()
     os.close(main)
     assert "4/10" in shown
     assert "epoch 1, loss 0.5000" in shown
+    assert "epoch 1, loss 0.2500, 8m20s left" in shown, "samples and saves count, as in the file"
     assert "update 4/10" not in shown, "the plain line is for the file"
     assert "update 4/10, epoch 1, loss 0.5000" in (tmp_path / "run.log").read_text(encoding="utf-8")
 
@@ -106,7 +111,7 @@ def test_start_and_end() -> None:
         outcome="finished", updates=60, images=240, seconds=60, loss=0.25, paths={"run folder": "a\nb", "model": "m"}
     )
     assert summary.splitlines() == [
-        "finished: 60 updates, 240 images in 1m00s, 4 images/s, loss 0.2500",
+        "finished: 60 updates, 240 images in 1m00s of training, 4 images/s, loss 0.2500",
         "  run folder  a\\nb",
         "  model       m",
     ]
