@@ -136,6 +136,12 @@ def test_the_board_is_laid_out(watched: Path) -> None:
     )
 
 
+def test_a_run_that_ends_within_an_epoch_has_tables_of_all_it_trained(world: World, tmp_path: Path) -> None:
+    assert run_job(world, tmp_path, max_steps=1, cond_dropout=0) == 0
+    rows = list(csv.DictReader((run_folder(tmp_path) / "loss_by_image.csv").open(encoding="utf-8")))
+    assert sum(int(row["visits"]) for row in rows) == 4
+
+
 def test_a_resumed_run_has_the_same_curves(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Validation numbers, relative losses and the ledger's tables, as if the run had never stopped."""
 
@@ -155,3 +161,9 @@ def test_a_resumed_run_has_the_same_curves(world: World, tmp_path: Path, monkeyp
     stop_after(monkeypatch, None)
     assert run_job(world, tmp_path / "stopped", resume_ckpt="findlast", **options) == 0
     assert outcome(tmp_path / "whole") == outcome(tmp_path / "stopped")
+    minutes = {
+        name: scalars(run_folder(tmp_path / name), "performance/minutes per epoch") for name in ("whole", "stopped")
+    }
+    assert {update for update, _ in minutes["whole"]} - {update for update, _ in minutes["stopped"]} == {4}, (
+        "the epoch in which it stopped was not measured whole"
+    )

@@ -16,6 +16,7 @@ from training.parts import losses_of_probe
 from training.session import Session
 from training.settings import reload_settings
 from utils.borrow import undisturbed, weights_swapped
+from utils.console import validation_line
 from utils.contact_sheet import contact_sheet
 from utils.errors import UserError
 from utils.logs import LOGGER
@@ -61,18 +62,25 @@ def after_update(session: Session) -> None:
     obey(session)
 
 
-def after_epoch(session: Session, *, seconds: float) -> None:
-    """What is due when an epoch is complete; `seconds`: since its start, or since the run went on in it."""
+def after_epoch(session: Session, *, seconds: float | None) -> None:
+    """What is due when an epoch is complete; `seconds` it took, `None` when the run went on in the midst of it."""
     reading = session.epoch_meter.read()
-    values = {"loss/epoch": reading.loss, "performance/minutes per epoch": seconds / 60}
+    values = {"loss/epoch": reading.loss}
+    if seconds is not None:
+        values["performance/minutes per epoch"] = seconds / 60
     session.tracker.scalars(session.progress.update, values)
     LOGGER.info("epoch %d: loss %.4f, %d images", session.progress.epoch, reading.loss, reading.images)
+    write_tables(session)
+    if not session.finished and session.timetable.due_after_epoch(session.progress.epoch):
+        save(session)
+
+
+def write_tables(session: Session) -> None:
+    """What was noted of every image so far."""
     captions = {item.id: full_text(item) for item, _ in session.data.placed}
     with surviving("the loss ledger"):
         session.ledger.write(session.run.folder, captions)
     session.tracker.histogram("timesteps", *session.ledger.histogram(), session.progress.update)
-    if not session.finished and session.timetable.due_after_epoch(session.progress.epoch):
-        save(session)
 
 
 def show_first_update(session: Session) -> None:
@@ -181,7 +189,8 @@ def draw_samples(session: Session, *, asked: bool = False) -> None:
     with left_out(session):
         pictures = session.gallery.draw(session.progress.update, session.captions, versions)
     if pictures:
-        LOGGER.info("%d samples after update %d in %s", len(pictures), session.progress.update, session.run.samples)
+        word = "sample" if len(pictures) == 1 else "samples"
+        LOGGER.info("%d %s after update %d in %s", len(pictures), word, session.progress.update, session.run.samples)
 
 
 def validate(session: Session) -> None:
@@ -203,8 +212,8 @@ def validate(session: Session) -> None:
                         stack.enter_context(weights_swapped(getattr(models, name), tensors))
                     values |= session.validation.run(update, loss_of, label=label)
     session.tracker.scalars(update, values)
-    shown = {tag: value for tag, value in values.items() if tag.startswith("loss/")}
-    LOGGER.info("validation: %s", ", ".join(f"{tag} {value:.5f}" for tag, value in shown.items()))
+    line = validation_line(values)
+    LOGGER.info("%s", line)
 
 
 def report_saves(session: Session, results: list[SaveResult]) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from data.batches import Batch
 from data.item import Update
-from training.between import after_epoch, after_update, before_epoch, before_first_update
+from training.between import after_epoch, after_update, before_epoch, before_first_update, write_tables
 from training.memory import learn_from_shortage, pieces
 from training.session import Session
 from training.step import Pass, forward_backward
@@ -19,6 +19,8 @@ def train(session: Session) -> None:
     before_first_update(session)
     while not session.finished and not session.stop:
         train_epoch(session)
+    if session.progress.update_in_epoch > 0:
+        write_tables(session)
 
 
 def train_epoch(session: Session) -> None:
@@ -36,7 +38,7 @@ def train_epoch(session: Session) -> None:
     if session.progress.update_in_epoch < len(updates):
         return
     session.progress = dataclasses.replace(session.progress, epoch=session.progress.epoch + 1, update_in_epoch=0)
-    after_epoch(session, seconds=time.perf_counter() - started)
+    after_epoch(session, seconds=None if done else time.perf_counter() - started)
 
 
 def train_update(session: Session, update: Update, batches: Iterator[Batch]) -> None:

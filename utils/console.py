@@ -11,6 +11,8 @@ from typing import Any, TextIO
 from utils.errors import printable
 from utils.logs import FILE_ONLY, LOGGER, is_terminal, silence
 
+AVERAGED = " ema"
+
 
 class Bar:
     """One bar for the whole run. Use as a context manager, or call `close`."""
@@ -79,7 +81,7 @@ class Bar:
             LOGGER.info("%s", line)
         else:
             LOGGER.info("%s", line, extra=FILE_ONLY)
-            self._guard(lambda: (self._redraw(0), self._bar.refresh()))
+            self._guard(lambda: self._redraw(0, at_once=True))
 
     def seconds_left(self) -> float | None:
         """Seconds to the end at the pace so far, samples and saves included; `None` before the second update.
@@ -95,9 +97,11 @@ class Bar:
         left = self.seconds_left()
         return "" if left is None else f", {duration(left)} left"
 
-    def _redraw(self, updates: int) -> None:
+    def _redraw(self, updates: int, *, at_once: bool = False) -> None:
         self._bar.set_postfix_str((self._shown + self._left()).removeprefix(", "), refresh=False)
         self._bar.update(updates)
+        if at_once:
+            self._bar.refresh()
 
     def close(self) -> None:
         """Leave the bar as it stands and go to the next line."""
@@ -158,6 +162,18 @@ def start_line(
         f"{'bucket' if buckets == 1 else 'buckets'}; {updates} updates in {epochs} "
         f"{'epoch' if epochs == 1 else 'epochs'}"
     )
+
+
+def validation_line(values: Mapping[str, float]) -> str:
+    """The losses of a validation pass in a line, by set: plain and, after a slash, averaged; `values` by tag."""
+    losses = {tag.removeprefix("loss/"): value for tag, value in values.items() if tag.startswith("loss/")}
+    parts = []
+    for name, value in losses.items():
+        if name.removesuffix(AVERAGED) not in losses or not name.endswith(AVERAGED):
+            average = losses.get(name + AVERAGED)
+            parts.append(f"{name} {value:.5f}" + ("" if average is None else f" / {average:.5f}"))
+    averaged = any(name + AVERAGED in losses for name in losses)
+    return f"validation{' (plain / ema)' if averaged else ''}: {', '.join(parts)}"
 
 
 def end_summary(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from utils.console import Bar, duration, end_summary, start_line
+from utils.console import Bar, duration, end_summary, start_line, validation_line
 from utils.logs import close_logs, open_console, open_log_file
 
 
@@ -61,13 +62,15 @@ def test_a_bar_on_a_terminal_and_the_line_in_the_file(tmp_path: Path) -> None:
             now[0] = 100.0
             bar.advance(1)
             bar.show(epoch=1, loss=0.25)
-        stream.flush()
-        shown = os.read(main, 100_000).decode()
+    shown = b""
+    with contextlib.suppress(OSError):  # the other side is closed, and all is read
+        while piece := os.read(main, 100_000):
+            shown += piece
     os.close(main)
-    assert "4/10" in shown
-    assert "epoch 1, loss 0.5000" in shown
-    assert "epoch 1, loss 0.2500, 8m20s left" in shown, "samples and saves count, as in the file"
-    assert "update 4/10" not in shown, "the plain line is for the file"
+    assert b"4/10" in shown
+    assert b"epoch 1, loss 0.5000" in shown
+    assert b"epoch 1, loss 0.2500, 8m20s left" in shown, "samples and saves count, as in the file"
+    assert b"update 4/10" not in shown, "the plain line is for the file"
     assert "update 4/10, epoch 1, loss 0.5000" in (tmp_path / "run.log").read_text(encoding="utf-8")
 
 
@@ -91,6 +94,13 @@ def test_a_terminal_that_goes_away_does_not_end_the_run() -> None:
 )
 def test_durations(seconds: float, words: str) -> None:
     assert duration(seconds) == words
+
+
+def test_validation_is_a_line_that_can_be_read() -> None:
+    plain = {"loss/val": 0.0991938, "validation/val band 1 t000-249": 0.25, "loss/style": 0.5}
+    assert validation_line(plain) == "validation: val 0.09919, style 0.50000"
+    both = {"loss/val": 0.1, "loss/style": 0.5, "loss/val ema": 0.2, "loss/style ema": 0.4}
+    assert validation_line(both) == "validation (plain / ema): val 0.10000 / 0.20000, style 0.50000 / 0.40000"
 
 
 def test_start_and_end() -> None:
