@@ -24,7 +24,7 @@ from utils.tensor_writer import (
     seal,
     write_tensors,
 )
-from utils.weights import read_safetensors, require_finite
+from utils.weights import count_not_finite, read_safetensors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -100,14 +100,19 @@ def write_single_file(
     pieces = single_file_pieces(disk_weights(weights), files)
     spoken = {"format": "pt", **(metadata if metadata is not None else {})}
     write_tensors(path, pieces, dtype, spoken | {UNSEALED_KEY: NO_HASH})
-    if files.kind == "sd1" and files.prediction_type == "epsilon":
+    yaml = yaml_beside(path, files)
+    if yaml is None:
         return [path]
     from utils.ldm_yaml import ldm_yaml
 
-    yaml = path.with_suffix(".yaml")
     yaml.write_text(ldm_yaml(files), encoding="utf-8", newline="\n")
     yaml.chmod(0o644)
     return [path, yaml]
+
+
+def yaml_beside(path: Path, files: ModelFiles) -> Path | None:
+    """The `.yaml` that `write_single_file` writes beside `path`, or `None`."""
+    return None if files.kind == "sd1" and files.prediction_type == "epsilon" else path.with_suffix(".yaml")
 
 
 def check_single_file(path: Path, weights: Weights, files: ModelFiles, dtype: torch.dtype = torch.float16) -> None:
@@ -153,7 +158,14 @@ def _compare(path: Path, found: Mapping[str, Tensor], expected: Mapping[str, Any
     for key, source in expected.items():
         if not same_tensor(found[key], source() if callable(source) else source, buffer):
             raise UserError(f"{name}: {printable(key)} differs from the model in memory; the disk may be failing")
-        require_finite(key, found[key], str(path))
+        bad = count_not_finite(found[key])
+        if bad:
+            # It is as in memory, so it was no number there, or has become none by the cast.
+            word = str(dtype).removeprefix("torch.")
+            raise UserError(
+                f"{name}: {bad} of {found[key].numel()} numbers in {printable(key)} are too large for {word}, "
+                f"or NaN in the model itself; write it in full precision"
+            )
 
 
 def _config(files: ModelFiles, part: str) -> dict[str, Any]:

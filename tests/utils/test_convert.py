@@ -269,6 +269,54 @@ def test_a_conversion_that_fails_leaves_nothing_behind(pair: tuple[Path, Path], 
         assert sorted(tmp_path.iterdir()) == before
 
 
+@pytest.mark.parametrize("pair", ["sd2"], indirect=True)
+def test_a_yaml_that_lies_there_is_not_overwritten(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    (tmp_path / "new.yaml").write_text("mine")
+    with pytest.raises(UserError, match=r"new\.yaml is there already"):
+        convert(str(pair[0]), tmp_path / "new.safetensors")
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("new.yaml", "mine")]
+
+
+@pytest.mark.parametrize("pair", ["sd1"], indirect=True)
+def test_what_half_precision_cannot_hold_is_said_with_the_remedy(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    large = Path(shutil.copytree(pair[0], tmp_path / "large"))
+    path = large / "unet/diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    tensors["conv_in.bias"][0] = 1e6
+    save_file(tensors, path)
+    for target, name in (
+        ("out.safetensors", "out.safetensors"),
+        ("out", "out/unet/diffusion_pytorch_model.safetensors"),
+    ):
+        with pytest.raises(
+            UserError, match=rf"^{tmp_path}/{name}: 1 of 16 numbers .* too large for float16.*full prec"
+        ):
+            convert(str(large), tmp_path / target)
+    assert [found.name for found in tmp_path.iterdir()] == ["large"]
+    convert(str(large), tmp_path / "Out.SAFETENSORS", fp32=True)
+    assert load_file(tmp_path / "Out.SAFETENSORS")[f"{UNET}input_blocks.0.0.bias"][0] == 1e6
+
+
+@pytest.mark.parametrize("pair", ["sd1"], indirect=True)
+def test_a_full_disk_is_said_in_words_and_leaves_nothing(
+    pair: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        codes = [main([str(pair[0]), str(tmp_path / name)]) for name in ("out.safetensors", "out")]
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert codes == [75, 75]
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert [line.partition(" (")[0] for line in said.err.splitlines()] == [
+        f"error: there is no room for {tmp_path / name}" for name in ("out.safetensors", "out")
+    ]
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("pair", ["sd1"], indirect=True)
 def test_the_command_converts_and_its_errors_are_words(pair: tuple[Path, Path], tmp_path: Path) -> None:
     folder, _ = pair
