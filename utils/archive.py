@@ -128,11 +128,13 @@ def preview(samples: Path) -> bytes | None:
     """The first of the newest samples, small, as a JPEG; `None` where there is none."""
     from PIL import Image
 
-    newest = sorted(samples.glob("gs*-000-*.jpg"))[-1:]
+    # Numbers of updates have five digits or more.
+    newest = sorted(samples.glob("gs*-000-*.jpg"), key=lambda path: (path.name.find("-"), path.name))[-1:]
     try:
         for path in newest:
             with Image.open(path) as picture:
                 picture.thumbnail((PREVIEW_SIDE, PREVIEW_SIDE))
+                picture.info.clear()  # the prompt is in there, and nobody asked to give it away with the model
                 small = io.BytesIO()
                 picture.convert("RGB").save(small, "JPEG", quality=85)
                 return small.getvalue()

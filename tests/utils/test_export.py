@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 import stat
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -222,10 +223,11 @@ def test_a_full_disk_is_an_oserror_not_a_hang(made: tuple[Path, Models, Weights]
         write_single_file(Path("/dev/full"), weights, describe(models))
 
 
-def test_pictures_agree_between_our_sampler_and_both_exports(tmp_path: Path) -> None:
+@pytest.mark.parametrize("make", [sd1_model, sd2_model])
+def test_pictures_agree_between_our_sampler_and_both_exports(make: Callable[[Path], Path], tmp_path: Path) -> None:
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
-    folder = sd1_model(tmp_path / "model")
+    folder = make(tmp_path / "model")
     models, weights = load(folder)
     files = describe(models)
     write_folder(tmp_path / "out", weights, files)

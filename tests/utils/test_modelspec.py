@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 from datetime import UTC, datetime, timedelta, timezone
+from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
+from utils.archive import preview
 from utils.modelspec import MAX_PREVIEW_BYTES, modelspec, public_options
 from utils.presets import preset
 
@@ -49,6 +54,22 @@ def test_trigger_words_and_preview() -> None:
     assert thumbnail(JPEG + b"x" * MAX_PREVIEW_BYTES) is None
     spec = modelspec(files, title="t", date=DATE, resolution=512, trigger_words=["mypetcat", "in my style"])
     assert spec["modelspec.trigger_phrase"] == "mypetcat, in my style"
+
+
+def test_the_preview_is_the_newest_sample_small_and_without_its_prompt(tmp_path: Path) -> None:
+    assert preview(tmp_path) is None
+    for name, colour in (("gs99999-000-a", "red"), ("gs100000-000-a", "blue"), ("gs100000-001-b", "green")):
+        picture = Image.new("RGB", (1024, 512), colour)
+        picture.save(tmp_path / f"{name}.jpg", comment=b"a secret prompt")
+    small = preview(tmp_path)
+    assert small is not None
+    assert b"secret" not in small
+    with Image.open(io.BytesIO(small)) as found:
+        assert (found.format, found.size) == ("JPEG", (256, 128))
+        red, _, blue = np.asarray(found.convert("RGB"))[9, 9].tolist()
+        assert blue > 200 > 50 > red
+    (tmp_path / "gs100001-000-a.jpg").write_bytes(b"no picture")
+    assert preview(tmp_path) is None
 
 
 def test_options_go_in_without_paths_names_and_secrets() -> None:
