@@ -99,7 +99,9 @@ def _write_file(path: Path, found: Source, fp32: bool, title: str) -> list[Path]
 
 def _write_folder(folder: Path, found: Source, fp32: bool) -> Path:
     from utils.export import check_folder, write_folder
+    from utils.models import build_tokenizer
 
+    build_tokenizer(found.files)  # its files go out as they came: damaged ones are refused, as for training
     weights, dtype = checked_weights(found), _precision(fp32)
     write_folder(folder, weights, found.files, dtype=dtype)
     check_folder(folder, weights, dtype)

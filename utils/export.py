@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from utils.errors import UserError, printable
+from utils.hub import looks_like_id
 from utils.keymap import disk_name, key_map
 from utils.model_files import CLASSES, COMPONENTS, TOKENIZER_FILES, ModelFiles, read_model_files
 from utils.tensor_writer import (
@@ -36,6 +37,7 @@ FILE_NAMES = {
     "vae": "diffusion_pytorch_model.safetensors",
     "text_encoder": "model.safetensors",
 }
+SETTINGS = "tokenizer_config.json"
 # Empty tensors that web UIs look for: nothing else in the file tells these models from others.
 V_MARKER, ZERO_SNR_MARKER = "v_pred", "ztsnr"
 
@@ -169,7 +171,8 @@ def _compare(path: Path, found: Mapping[str, Tensor], expected: Mapping[str, Any
 
 
 def _config(files: ModelFiles, part: str) -> dict[str, Any]:
-    config = dict(files.config(part))
+    # Where the libraries found the model is a path on somebody's machine as often as not, and nobody reads it.
+    config = {key: value for key, value in files.config(part).items() if key != "_name_or_path"}
     if part in CLASSES:
         return {"_class_name": CLASSES[part], **config}
     config |= {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model"}
@@ -197,6 +200,8 @@ def _model_index(files: ModelFiles) -> dict[str, Any]:
 def _tokenizer_for_all(tokenizer: Mapping[str, bytes]) -> dict[str, bytes]:
     """The tokenizer's files, with vocab.json and merges.txt, which programs before Transformers 5 cannot do without."""
     found = dict(tokenizer)
+    if SETTINGS in found:
+        found[SETTINGS] = _without_path(found[SETTINGS])
     if "vocab.json" in found and "merges.txt" in found:
         return found
     model = json.loads(found["tokenizer.json"])["model"]
@@ -204,6 +209,15 @@ def _tokenizer_for_all(tokenizer: Mapping[str, bytes]) -> dict[str, bytes]:
     found["vocab.json"] = json.dumps(model["vocab"], ensure_ascii=False).encode("utf-8")
     found["merges.txt"] = "\n".join(["#version: 0.2", *merges, ""]).encode("utf-8")
     return found
+
+
+def _without_path(settings: bytes) -> bytes:
+    """The tokenizer's settings byte for byte, but without a folder that it was once loaded from."""
+    content: Any = json.loads(settings)
+    if not isinstance(content, dict) or "name_or_path" not in content or looks_like_id(str(content["name_or_path"])):
+        return settings
+    del content["name_or_path"]
+    return json.dumps(content, indent=2, ensure_ascii=False).encode("utf-8")
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

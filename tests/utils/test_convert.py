@@ -338,6 +338,17 @@ def test_the_command_converts_and_its_errors_are_words(pair: tuple[Path, Path], 
     assert (tmp_path / "out.safetensors").stat().st_mode & 0o777 == 0o644
 
 
+@pytest.mark.parametrize("name", ["vocab.json", "tokenizer_config.json", "tokenizer.json"])
+@pytest.mark.parametrize("pair", ["sd1"], indirect=True)
+def test_a_damaged_tokenizer_is_not_passed_on(pair: tuple[Path, Path], name: str, tmp_path: Path) -> None:
+    damaged = Path(shutil.copytree(pair[0], tmp_path / "damaged"))
+    if name == "tokenizer.json":
+        (damaged / "tokenizer/vocab.json").unlink()
+    (damaged / "tokenizer" / name).write_text("{")
+    with pytest.raises(UserError, match="tokenizer cannot be read"):
+        convert(str(damaged), tmp_path / "out")
+
+
 def test_the_command_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tmp_path / "no such model"), str(tmp_path / "out")]) == 2
     assert "there is no model" in capsys.readouterr().err

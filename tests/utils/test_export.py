@@ -18,7 +18,7 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from tests.utils.tiny_models import load, sd1_model, sd2_model
+from tests.utils.tiny_models import edit_json, load, sd1_model, sd2_model
 from utils.errors import UserError
 from utils.export import Weights, check_folder, check_single_file, write_folder, write_single_file
 from utils.models import Models, describe, load_models
@@ -213,6 +213,21 @@ def test_a_tokenizer_in_one_file_gets_those_that_older_programs_need(
     written = tmp_path / "out/tokenizer"
     assert json.loads((written / "vocab.json").read_text()) == json.loads((folder / "tokenizer/vocab.json").read_text())
     assert (written / "merges.txt").read_text() == (folder / "tokenizer/merges.txt").read_text()
+
+
+def test_no_path_of_the_machine_goes_out_with_the_folder(tmp_path: Path) -> None:
+    folder = sd1_model(tmp_path / "model")
+    for part in PARTS:
+        edit_json(folder / part / "config.json", _name_or_path="/home/me/models/x")
+    edit_json(folder / "tokenizer/tokenizer_config.json", name_or_path="/home/me/models/x")
+    models, weights = load(folder)
+    write_folder(tmp_path / "out", weights, describe(models))
+    check_folder(tmp_path / "out", weights)
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file() and b"/home/me" in path.read_bytes()]
+    edit_json(folder / "tokenizer/tokenizer_config.json", name_or_path="openai/clip-vit-large-patch14")
+    write_folder(tmp_path / "kept", weights, describe(load_models(folder)))
+    name = "tokenizer/tokenizer_config.json"
+    assert (tmp_path / "kept" / name).read_bytes() == (folder / name).read_bytes()
 
 
 def test_a_full_disk_is_an_oserror_not_a_hang(made: tuple[Path, Models, Weights]) -> None:
