@@ -144,11 +144,17 @@ def update_of(checkpoint: Path) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """An option's two settings on this world, and how a checkpoint of either is judged."""
+    """An option's settings on this world, and how a checkpoint of each is judged.
+
+    Args:
+        optimizer: changes to the "base" of the optimizer file, for all settings.
+        updates: of its runs, where that is not `--updates`.
+    """
 
     settings: Mapping[str, Mapping[str, Any]]
     judge: Callable[[Trained, int], dict[str, Any]]
     optimizer: Mapping[str, Any] | None = None
+    updates: int | None = None
 
 
 def judge_concepts(run: Trained, count: int) -> dict[str, Any]:
@@ -188,6 +194,11 @@ def comparisons(out: Path) -> dict[str, Comparison]:
     """Figure 3: the options, each with its settings."""
     out.mkdir(parents=True, exist_ok=True)
     extremes = draw_extremes(out / "extremes")
+    offset: dict[str, dict[str, Any]] = {
+        "0": {"data_root": str(extremes)},
+        "0.05": {"zero_frequency_noise_ratio": 0.05, "data_root": str(extremes)},
+        "0.1": {"zero_frequency_noise_ratio": 0.1, "data_root": str(extremes)},
+    }
     held_out = out / "validation.json"
     held_out.write_text(json.dumps({"every_n_epochs": 5, "auto_split_proportion": 0.25}), encoding="utf-8")
     return {
@@ -195,16 +206,10 @@ def comparisons(out: Path) -> dict[str, Comparison]:
         "ema": Comparison(
             {"none": {}, "0.98 every update": {"ema_decay_rate": 0.98, "ema_update_interval": 1}},
             judge_concepts,
-            {"lr": 2e-3, "lr_scheduler": "constant"},
+            {"lr": 1e-3, "lr_scheduler": "constant"},
         ),
-        "zero_frequency_noise_ratio": Comparison(
-            {
-                "0": {"data_root": str(extremes)},
-                "0.05": {"zero_frequency_noise_ratio": 0.05, "data_root": str(extremes)},
-                "0.1": {"zero_frequency_noise_ratio": 0.1, "data_root": str(extremes)},
-            },
-            judge_extremes,
-        ),
+        "zero_frequency_noise_ratio": Comparison(offset, judge_extremes),
+        "zero_frequency_noise_ratio, a short run": Comparison(offset, judge_extremes, updates=40),
         "min_snr_gamma": Comparison(
             {
                 "none": {"min_snr_gamma": None, "validation_config": str(held_out)},
@@ -247,21 +252,22 @@ def draw_extremes(folder: Path) -> Path:
 def options_table(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Figure 3: every comparison (or `--only`), every setting, every seed, everything else equal.
 
-    All runs are of `--updates` updates, with a rate that falls a tenth slower. Settings that amount to the same run
-    share it.
+    Runs are of `--updates` updates unless a comparison says otherwise, with a rate that falls a tenth slower. Settings
+    that amount to the same run share it.
     """
-    length = {"max_steps": options.updates, "max_epochs": 10**4}
     runs: dict[str, Trained] = {}
     for seed in options.seeds:
         for name, comparison in comparisons(options.out).items():
             if options.only and name not in options.only:
                 continue
-            for label, changes in comparison.settings.items():
-                rates = {"lr_decay_steps": options.updates * 11 // 10} | dict(comparison.optimizer or {})
-                key = json.dumps([sorted(changes.items()), sorted(rates.items()), seed])
+            updates = options.updates if comparison.updates is None else comparison.updates
+            for label, setting in comparison.settings.items():
+                changes = {"max_steps": updates, "max_epochs": 10**4, **setting, "seed": seed}
+                rates = {"lr_decay_steps": updates * 11 // 10} | dict(comparison.optimizer or {})
+                key = json.dumps([changes, rates], sort_keys=True)
                 if key not in runs:
                     folder = options.out / f"{name}-{label}-{seed}".replace(" ", "_").replace(",", "")
-                    runs[key] = train(folder, {**length, **changes, "seed": seed}, optimizer=rates)
+                    runs[key] = train(folder, changes, optimizer=rates)
                 judged = comparison.judge(runs[key], options.count)
                 yield {"option": name, "setting": label, "seed": seed} | judged
 
