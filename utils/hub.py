@@ -34,7 +34,9 @@ def looks_like_id(source: str) -> bool:
     return _ID.fullmatch(source) is not None and ".." not in source
 
 
-def model_snapshot(repository: str, *, revision: str | None = None, variant: str | None = None) -> Path:
+def model_snapshot(
+    repository: str, *, revision: str | None = None, variant: str | None = None, weights: bool = True
+) -> Path:
     """The local folder of the Diffusers model `repository`, such as `stable-diffusion-v1-5/stable-diffusion-v1-5`.
 
     The cache is asked first: a model that lies there whole is used without a network and does not change behind the
@@ -44,19 +46,23 @@ def model_snapshot(repository: str, *, revision: str | None = None, variant: str
         repository: the id.
         revision: a branch, tag or commit; `None` is the main branch.
         variant: such as "fp16"; `None` prefers full precision.
+        weights: without them, settings and tokenizer are enough.
 
     Raises `UserError` when it is missing, gated or no Diffusers model, `TryLaterError` when it cannot be reached.
     """
     cached = _cached(repository, "unet/config.json", revision)
-    if cached is not None and _wanting(_listing(cached.parents[1]), variant) is None:
+    if cached is not None and _wanting(_listing(cached.parents[1]), variant, weights) is None:
         return cached.parents[1]
     names = _remote_listing(repository, revision)
-    wanting = _wanting(names, variant)
+    wanting = _wanting(names, variant, weights)
     if wanting is not None:
         _refuse(repository, names, wanting)
     settings = _settings(names)
     # Gigabytes of a model that cannot be trained are not downloaded to say so.
-    read_model_files(_download(repository, revision, settings), repository)
+    folder = _download(repository, revision, settings)
+    read_model_files(folder, repository)
+    if not weights:
+        return folder
     return _download(repository, revision, settings | _all_weights(names, variant))
 
 
@@ -124,12 +130,12 @@ def _weights(names: Collection[str], part: str, variant: str | None) -> list[str
     return weight_names(here, WEIGHT_STEMS[part], variant)
 
 
-def _wanting(names: Collection[str], variant: str | None) -> str | None:
+def _wanting(names: Collection[str], variant: str | None, weights: bool) -> str | None:
     """What a folder with the files `names` lacks to be a model, or `None`."""
     for name in SETTINGS:
         if name not in names:
             return name
-    for part in COMPONENTS:
+    for part in COMPONENTS if weights else ():
         if _weights(names, part, variant) is None:
             return f"weights of {part}/" + (f" in variant {variant}" if variant is not None else "")
     if "tokenizer/tokenizer.json" not in names and not {"tokenizer/vocab.json", "tokenizer/merges.txt"} <= set(names):

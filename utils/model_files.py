@@ -14,6 +14,7 @@ from utils.weights import require_file
 Config = Mapping[str, Any]
 
 COMPONENTS = ("unet", "text_encoder", "vae")
+FAMILIES = {"sd1": "Stable Diffusion 1.x", "sd2": "Stable Diffusion 2.x"}
 CLASSES = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}
 TEXT_MODELS = ("clip_text_model", "clip")
 TOKENIZER_FILES = (
@@ -72,6 +73,11 @@ class ModelFiles:
     def zero_terminal_snr(self) -> bool:
         """Whether the model's noise schedule ends in pure noise (arXiv 2305.08891)."""
         return bool(self.scheduler.get("rescale_betas_zero_snr", False))
+
+    def summary(self, how: str, precision: str) -> str:
+        """What the model is, for the log; `how` is what says what it predicts, `precision` that of its weights."""
+        snr = ", zero terminal SNR" if self.zero_terminal_snr else ""
+        return f"{FAMILIES[self.kind]}, {self.prediction_type} ({how}){snr}, {precision}"
 
 
 def mark_scheduler(config: Config, prediction_type: str, zero_terminal_snr: bool) -> dict[str, Any]:

@@ -19,11 +19,11 @@ from utils.keymap import (
     VAE_OLD_ATTENTION,
     key_map,
 )
-from utils.model_files import ModelFiles, check_model_files, mark_scheduler
+from utils.model_files import FAMILIES, ModelFiles, check_model_files, mark_scheduler
 from utils.presets import preset
 from utils.strangers import stranger_by_names
 from utils.weight_files import holds_safetensors, read_weights
-from utils.weights import read_header, require_file
+from utils.weights import precision_word, read_header, require_file
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,7 +35,6 @@ CONTEXT_KEY = "attn2.to_k.weight"
 # In v-prediction models of the SD 2 family these biases have spread, in the others they have not; ComfyUI decides so.
 TELLTALE, TELLTALE_STD = f"{UNET_HOME}output_blocks.11.1.transformer_blocks.0.norm1.bias", 0.09
 STATED = {"v": "v_prediction", "v_prediction": "v_prediction", "epsilon": "epsilon", "eps": "epsilon"}
-FAMILIES = {"sd1": "Stable Diffusion 1.x", "sd2": "Stable Diffusion 2.x"}
 CHANNELS = {9: "an inpainting model", 8: "an image editing model", 5: "a depth model", 7: "an upscaler"}
 MAX_YAML_BYTES = 1 << 16
 
@@ -80,7 +79,7 @@ def open_single_file(
     zero_snr = ZERO_SNR_MARKER in tensors or files.zero_terminal_snr
     files = replace(files, scheduler=mark_scheduler(files.scheduler, found, zero_snr))
     check_model_files(files, str(path))
-    told = f"{printable(path.name)}: {FAMILIES[kind]}, {found} ({how})" + (", zero terminal SNR" if zero_snr else "")
+    told = f"{printable(path.name)}: {files.summary(how, precision_word(tensors[FIRST_CONVOLUTION]))}"
     if ema:
         told += ", averaged weights (model_ema)"
     elif any(name.startswith(EMA_HOME) for name in tensors):

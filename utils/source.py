@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from utils.errors import UserError, printable
 from utils.model_files import COMPONENTS, ModelFiles, mark_scheduler, read_model_files, read_tokenizer_files
 from utils.weight_files import folder_weights
-from utils.weights import require_file
+from utils.weights import precision_word, require_file
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -71,8 +71,11 @@ def read_source(source: str | Path, wanted: Wanted | None = None, *, tokenizer: 
     return _read_folder(local_folder(str(source), wanted), str(source), wanted)
 
 
-def local_folder(source: str, wanted: Wanted) -> Path:
-    """The folder `source`, or that of the repository of this name; `UserError` when there is neither."""
+def local_folder(source: str, wanted: Wanted, *, weights: bool = True) -> Path:
+    """The folder `source`, or that of the repository of this name; `UserError` when there is neither.
+
+    Without `weights`, those of a repository are not downloaded.
+    """
     from utils.hub import looks_like_id, model_snapshot
 
     folder = Path(source)
@@ -85,7 +88,7 @@ def local_folder(source: str, wanted: Wanted) -> Path:
             f"there is no model {printable(source)}: name a Diffusers folder, a .safetensors or .ckpt file, or a "
             f"Hugging Face id such as stable-diffusion-v1-5/stable-diffusion-v1-5"
         )
-    return model_snapshot(source, revision=wanted.revision, variant=wanted.variant)
+    return model_snapshot(source, revision=wanted.revision, variant=wanted.variant, weights=weights)
 
 
 def _read_folder(folder: Path, source: str, wanted: Wanted) -> Source:
@@ -95,11 +98,8 @@ def _read_folder(folder: Path, source: str, wanted: Wanted) -> Source:
         marked = mark_scheduler(files.scheduler, wanted.prediction_type, files.zero_terminal_snr)
         files, how = replace(files, scheduler=marked), "as you said"
     weights = {part: folder_weights(folder / part, part, wanted.variant) for part in COMPONENTS}
-    family = "Stable Diffusion 2.x" if files.kind == "sd2" else "Stable Diffusion 1.x"
-    snr = ", zero terminal SNR" if files.zero_terminal_snr else ""
-    return Source(
-        source, files, lambda _: weights, f"{printable(source)}: {family}, {files.prediction_type} ({how}){snr}"
-    )
+    precision = next(map(precision_word, weights["unet"].values()), "empty")
+    return Source(source, files, lambda _: weights, f"{printable(source)}: {files.summary(how, precision)}")
 
 
 def _read_single(path: Path, wanted: Wanted, tokenizer: bool) -> Source:
@@ -108,7 +108,7 @@ def _read_single(path: Path, wanted: Wanted, tokenizer: bool) -> Source:
     base = None
     if wanted.model_config is not None:
         try:
-            base = read_model_files(local_folder(wanted.model_config, Wanted()))
+            base = read_model_files(local_folder(wanted.model_config, Wanted(), weights=False), wanted.model_config)
         except UserError as error:
             raise type(error)(f"model_config: {error}") from None
     single = open_single_file(path, prediction_type=wanted.prediction_type, base=base, ema=wanted.ema)

@@ -68,6 +68,12 @@ def read_header(path: Path) -> dict[str, Any]:
     return header
 
 
+def precision_word(tensor: Tensor) -> str:
+    """The precision of `tensor` as users call it: fp32, fp16, bf16."""
+    word = str(tensor.dtype).removeprefix("torch.")
+    return {"float64": "fp64", "float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}.get(word, word)
+
+
 def first_line(error: Exception) -> str:
     """What a library had to say, in one line that any log can take."""
     lines = str(error).strip().splitlines()

@@ -18,6 +18,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 
 from tests.utils.tiny_models import edit_json, sd1_model
+from utils.convert import convert
 from utils.hub import looks_like_id
 
 ROOT = Path(__file__).parents[2]
@@ -241,6 +242,22 @@ def test_a_model_that_cannot_be_trained_is_refused_before_its_weights_come(
     assert (word, "org/model is a LoRA" in message) == ("UserError", True), message
 
 
+def test_the_description_of_a_single_file_comes_without_weights(
+    endpoint: Endpoint, repository: Path, tmp_path: Path
+) -> None:
+    convert(str(repository), tmp_path / "single.safetensors")
+    script = """
+import json, sys
+from utils.models import load_models
+from utils.source import Wanted
+print(json.dumps(load_models(sys.argv[1], Wanted(model_config="org/model")).told))
+"""
+    calls = [run(script, endpoint, tmp_path / "home", str(tmp_path / "single.safetensors")) for _ in range(2)]
+    assert calls == [["single.safetensors: Stable Diffusion 1.x, epsilon (by the file's metadata), fp16"]] * 2
+    assert "unet/config.json" in endpoint.fetched()
+    assert not [name for name in endpoint.fetched() if name.endswith((".safetensors", ".bin"))]
+
+
 def test_ids_that_were_taken_down_lead_to_where_the_model_lies_today(endpoint: Endpoint, tmp_path: Path) -> None:
     ids = ("runwayml/stable-diffusion-v1-5", "stabilityai/stable-diffusion-2-1-base")
     found = ask(endpoint, tmp_path / "home", *(("model_snapshot", [name], {}) for name in ids))
@@ -289,7 +306,7 @@ for source in (sys.argv[1], "org/model", "org/model"):
     urlopen(os.environ["HF_ENDPOINT"] + "/org/model/resolve/main/README.md").read()
 """
     local, first, again = run(script, endpoint, tmp_path / "home", str(repository))
-    assert local == [str(repository), " Stable Diffusion 1.x, epsilon (by its scheduler)", 77]
+    assert local == [str(repository), " Stable Diffusion 1.x, epsilon (by its scheduler), fp32", 77]
     assert first == again == ["org/model", *local[1:]]
     marks = [number for number, (_, path, _) in enumerate(endpoint.requests) if path.endswith("README.md")]
     assert marks[0] == 0

@@ -132,6 +132,8 @@ def test_full_precision_wins_unless_a_variant_is_asked_for(folder: Path) -> None
     key = "conv_in.weight"
     assert torch.equal(load_models(folder).unet.state_dict()[key], tensors[key])
     assert torch.equal(load_models(folder, Wanted(variant="fp16")).unet.state_dict()[key], tensors[key].half().float())
+    assert load_models(folder).told.endswith("epsilon (by its scheduler), fp32")
+    assert load_models(folder, Wanted(variant="fp16")).told.endswith("epsilon (by its scheduler), fp16")
     with pytest.raises(UserError, match="variant int3"):
         load_models(folder, Wanted(variant="int3"))
 
@@ -180,6 +182,7 @@ def test_weights_that_do_not_fit_are_named(folder: Path, pristine: Path) -> None
         with pytest.raises(UserError, match=match):
             load_models(folder)
 
+    broken(r"\d+ missing", **dict.fromkeys(load_file(pristine / UNET)))
     broken(r"1 missing \(conv_in\.weight\)", **{"conv_in.weight": None})
     broken(r"1 unexpected \(\.\./\.\./evil\)", **{"../../evil": torch.zeros(1)})
     broken(r"conv_in\.bias has shape \(3,\)", **{"conv_in.bias": torch.zeros(3)})
