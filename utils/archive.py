@@ -151,7 +151,9 @@ def exported(state: Tree, ema: bool) -> dict[str, dict[str, Tensor]]:
 
 def fitting_dtype(weights: Mapping[str, Mapping[str, Tensor]], dtype: torch.dtype) -> torch.dtype:
     """`dtype`, or float32 where a weight is too large for it: better a big file than none."""
-    largest = max(float(tensor.abs().max()) for tensors in weights.values() for tensor in tensors.values())
+    # Both ends at once is many times faster than the magnitudes, and takes no memory.
+    ends = [torch.stack(tensor.aminmax()).float() for tensors in weights.values() for tensor in tensors.values()]
+    largest = float(torch.stack(ends).abs().max())
     return dtype if largest <= torch.finfo(dtype).max else torch.float32
 
 

@@ -19,6 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from tests.utils.tiny_models import edit_json, load, sd1_model, sd2_model
+from utils.archive import fitting_dtype
 from utils.errors import UserError
 from utils.export import Weights, check_folder, check_single_file, write_folder, write_single_file
 from utils.models import Models, describe, load_models
@@ -200,6 +201,15 @@ def test_lost_tensors_and_numbers_that_do_not_fit_are_found(made: tuple[Path, Mo
         check_folder(tmp_path / "huge", huge)
     write_folder(tmp_path / "full", huge, files, dtype=torch.float32)
     check_folder(tmp_path / "full", huge, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("number", "fits"), [(65504.0, True), (-65504.0, True), (7e4, False), (-7e4, False), (float("nan"), False)]
+)
+def test_a_weight_that_half_precision_cannot_hold_makes_the_file_full(number: float, fits: bool) -> None:
+    weights = {"unet": {"a": torch.zeros(3), "b": torch.tensor([0.5, number])}, "vae": {"c": torch.ones(1).bfloat16()}}
+    assert fitting_dtype(weights, torch.float16) == (torch.float16 if fits else torch.float32)
+    assert fitting_dtype(weights, torch.float32) == torch.float32
 
 
 def test_a_tokenizer_in_one_file_gets_those_that_older_programs_need(
