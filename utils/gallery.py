@@ -170,6 +170,7 @@ def description(
         "steps": sheet.steps,
         "clip_skip": clip_skip,
         "zero terminal SNR": "yes" if zero_terminal_snr else "no",
+        "prompt weights": "yes" if job.weighted else "no",
         "weights": label or "plain",
         "update": update,
     }

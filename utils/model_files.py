@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,8 @@ ZERO_SNR_SCHEDULERS = {
 MAX_JSON_BYTES = 1 << 20
 MAX_TOKENIZER_BYTES = 32 << 20
 # No Stable Diffusion comes near these; a configuration beyond them would only keep the machine busy building modules.
+MAX_TIMESTEPS = 10_000
+BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 MAX_WIDTH, MAX_LEVELS, MAX_LAYERS = 1 << 18, 8, 128
 
 
@@ -154,6 +157,8 @@ def check_model_files(files: ModelFiles, source: str) -> None:
     _check_structure(files, name)
     for part in COMPONENTS:
         _check_sizes(files.config(part), f"{name}: {part}/config.json")
+    _check_scale(files.vae, f"{name}: vae/config.json")
+    _check_noise(files.scheduler, f"{name}: scheduler/scheduler_config.json")
     width, context = files.text_encoder.get("hidden_size"), files.unet.get("cross_attention_dim")
     if width != context:
         raise UserError(
@@ -221,6 +226,42 @@ def _check_structure(files: ModelFiles, name: str) -> None:
             if not isinstance(files.config(part).get(key), kind):
                 found = printable(files.config(part).get(key))
                 raise UserError(f"{name}: {part}/config.json: {key} = {found} should be a {kind.__name__}")
+
+
+def _check_scale(vae: Config, name: str) -> None:
+    scale = vae.get("scaling_factor", 1.0)
+    if not _is_number(scale) or not 0 < scale < math.inf:
+        raise UserError(f"{name}: scaling_factor = {printable(scale)} should be a number over 0; SD 1.x has 0.18215")
+
+
+def _check_noise(scheduler: Config, name: str) -> None:
+    """The keys that the noise schedule follows from: a wrong one would train something else, and say nothing."""
+    kind = printable(scheduler.get("_class_name", ""))
+    if "Flow" in kind:
+        raise UserError(f"{name} is a {kind}: flow matching cannot be trained, only epsilon and v_prediction")
+    steps, schedule = scheduler.get("num_train_timesteps", 1000), scheduler.get("beta_schedule", "linear")
+    if type(steps) is not int or not 0 < steps <= MAX_TIMESTEPS:
+        raise UserError(f"{name}: num_train_timesteps = {printable(steps)} should be 1 to {MAX_TIMESTEPS}, mostly 1000")
+    if schedule not in BETA_SCHEDULES:
+        raise UserError(f"{name}: beta_schedule = {printable(schedule)} is not known; {', '.join(BETA_SCHEDULES)} are")
+    start, end = scheduler.get("beta_start", 0.0001), scheduler.get("beta_end", 0.02)
+    if not _is_number(start) or not _is_number(end) or not 0 < start <= end <= 1:
+        raise UserError(
+            f"{name}: beta_start = {printable(start)} and beta_end = {printable(end)} should rise in 0 to 1"
+        )
+    betas = scheduler.get("trained_betas")
+    if betas is None:
+        return
+    if (
+        not isinstance(betas, list)
+        or len(betas) != steps
+        or not all(_is_number(beta) and 0 < beta <= 1 for beta in betas)
+    ):
+        raise UserError(f"{name}: trained_betas should be {steps} numbers over 0 and at most 1, or null")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _check_sizes(config: Config, name: str) -> None:

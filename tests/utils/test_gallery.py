@@ -61,12 +61,14 @@ def test_a_strip_shows_every_guidance_below_its_picture() -> None:
 
 
 def test_picture_text_and_board(models: Models, tmp_path: Path) -> None:
-    hall = gallery(models, tmp_path, {"samples": [{"prompt": "a cat", "negative_prompt": "a dog", "seed": 3}]})
-    (path,) = hall.draw(5, [])
+    samples = [{"prompt": "a cat", "negative_prompt": "a dog", "seed": 3}, {"random_caption": True}]
+    path, other = gallery(models, tmp_path, {"samples": samples, "prompt_weights": True}).draw(5, ["a (cap)"])
+    assert "prompt weights: no\n" in other.with_suffix(".txt").read_text(encoding="utf-8")
     assert path.name == "gs00005-000-a-cat.jpg"
     text = path.with_suffix(".txt").read_text(encoding="utf-8")
     for line in ("prompt: a cat", "negative prompt: a dog", "seed: 3", "size: 64 x 64", "guidance: 7, 1", "steps: 2"):
         assert f"{line}\n" in text
+    assert "prompt weights: yes\n" in text
     with Image.open(path) as picture:
         assert picture.width == 128
         assert b"a cat\nNegative prompt: a dog\nSteps: 2" in picture.info["comment"]
@@ -75,7 +77,7 @@ def test_picture_text_and_board(models: Models, tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     seen = EventAccumulator(str(tmp_path)).Reload()
-    assert seen.Tags()["images"] == ["sample_000_a_cat"]
+    assert seen.Tags()["images"] == ["sample_000_a_cat", "sample_001_a_cap"]
 
 
 def test_ema_and_plain_side_by_side(models: Models, tmp_path: Path) -> None:

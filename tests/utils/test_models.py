@@ -217,6 +217,44 @@ def test_configurations_beyond_measure_are_refused_before_they_are_built(folder:
         load_models(folder)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_train_timesteps": 10**12},
+        {"num_train_timesteps": 0},
+        {"num_train_timesteps": "1000"},
+        {"beta_schedule": "nope"},
+        {"beta_start": "x"},
+        {"beta_end": 3.0},
+        {"beta_start": 0.9},
+        {"trained_betas": [1, 2]},
+        {"trained_betas": [0.0] * 1000},
+        {"_class_name": "FlowMatchEulerDiscreteScheduler"},
+        {"scaling_factor": "x"},
+        {"scaling_factor": 0},
+        {"scaling_factor": float("nan")},
+        {"scaling_factor": None},
+    ],
+    ids=str,
+)
+def test_settings_that_would_train_something_else_are_named(change: dict[str, Any], folder: Path) -> None:
+    (key,) = change
+    path = folder / ("vae/config.json" if key == "scaling_factor" else "scheduler/scheduler_config.json")
+    edit_json(path, **change)
+    with pytest.raises(UserError, match=r"_config\.json|vae/config\.json") as raised:
+        load_models(folder)
+    assert ("Flow" if key == "_class_name" else key) in str(raised.value)
+
+
+def test_the_noise_schedules_that_are_about_are_taken(folder: Path) -> None:
+    path = folder / "scheduler/scheduler_config.json"
+    for schedule in ("linear", "squaredcos_cap_v2"):
+        edit_json(path, beta_schedule=schedule)
+        assert noise_scheduler(load_models(folder)).config["beta_schedule"] == schedule
+    edit_json(path, trained_betas=[0.001] * 999 + [1.0])
+    assert noise_scheduler(load_models(folder)).alphas_cumprod[-1] == 0
+
+
 def test_python_files_in_a_model_folder_are_never_run(folder: Path, tmp_path: Path) -> None:
     trap = f"open({str(tmp_path / 'sprung')!r}, 'w')"
     for part in ("unet", "text_encoder", "tokenizer", "vae", "."):
