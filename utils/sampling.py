@@ -103,7 +103,8 @@ def _pipeline(models: Models, sheet: SampleSheet, zero_terminal_snr: bool) -> It
             feature_extractor=None,
             requires_safety_checker=False,
         )
-        pipeline.set_progress_bar_config(disable=not sheet.show_progress, leave=False)
+        # None: a bar on a terminal, and none in a file that somebody will read.
+        pipeline.set_progress_bar_config(disable=None if sheet.show_progress else True, leave=False)
         yield pipeline
     finally:
         models.unet._internal_dict = config  # the pipeline "mends" the sample size of very old configurations

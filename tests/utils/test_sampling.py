@@ -187,6 +187,12 @@ def test_the_run_does_not_notice(models: Models) -> None:
     models.unet.requires_grad_(False)
 
 
+def test_bars_are_for_terminals(models: Models, capfd: pytest.CaptureFixture[str]) -> None:
+    sheet = replace(SHEET, jobs=(replace(JOB, width=16, height=16, cfgs=(2.0,)),), steps=2, show_progress=True)
+    sample_pictures(models, sheet)
+    assert "2/2" not in capfd.readouterr().err
+
+
 def test_company_does_not_change_a_picture(models: Models) -> None:
     jobs = tuple(replace(JOB, index=index, prompt=f"prompt {index}", seed=index) for index in range(3))
     wide = replace(JOB, index=3, width=96)
