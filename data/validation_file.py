@@ -17,6 +17,7 @@ from utils.schema import option, read_values
 # Older files call these so.
 OLD_NAMES = {"val_split_proportion": "auto_split_proportion", "val_data_root": "manual_data_root"}
 COMMENTS = ("documentation", "doc")
+PAGE = "docs/watching.md"
 # Names of sets, as in `loss/{name}`.
 VALIDATION, STABILIZED, COMBINED = "val", "train-stabilized", "_all_val_combined"
 
@@ -57,11 +58,12 @@ def read_validation_file(path: Path | str) -> tuple[ValidationFile, list[str]]:
             warnings.append(f"{where}: {old} is called {new} now")
             raw.setdefault(new, raw[old])
             del raw[old]
-    values, problems = read_values(ValidationFile, raw, where)
+    values, problems = read_values(ValidationFile, raw, where, PAGE)
     extra = values.get("extra_manual_datasets")
     if extra is not None and not _is_named_folders(extra):
         problems.append(Problem(where, "extra_manual_datasets", extra, "must be an object of names and folders"))
-    file = ValidationFile(**values) if not problems else ValidationFile()
+        del values["extra_manual_datasets"]
+    file = ValidationFile(**values)
     for name in sorted(_taken_names(file) & set(file.extra_manual_datasets or {})):
         remedy = f"is the name of another curve, loss/{name}; call the set something else"
         problems.append(Problem(where, "extra_manual_datasets", name, remedy))

@@ -16,6 +16,7 @@ from utils.seeding import random_seed, stream
 
 CFGS = (7.0, 4.0, 1.01)
 COMMENTS = ("doc", "documentation")
+PAGE = "docs/watching.md"
 MOST_CAPTIONS = 4
 LEAST_SIDE, MOST_SIDE = 16, 4096
 LATENT_STEP = 8
@@ -189,7 +190,7 @@ def read_sample_json(path: Path, batch_size: int) -> tuple[SampleFile, tuple[Sam
     """
     where = str(path)
     raw = {key: value for key, value in read_json_object(path).items() if key not in COMMENTS}
-    values, problems = read_values(SampleFile, raw, where)
+    values, problems = read_values(SampleFile, raw, where, PAGE)
     values["cfgs"], wrong = _cfgs(values.get("cfgs"), where, "cfgs")
     problems += wrong
     entries = []
@@ -212,7 +213,7 @@ def _entry(item: Any, where: str, key: str) -> tuple[SampleEntry, list[Problem]]
         return SampleEntry(prompt=item), []
     if not isinstance(item, Mapping):
         return SampleEntry(), [Problem(where, key, item, 'must be an object: { "prompt": ... }')]
-    values, problems = read_values(SampleEntry, item, f"{where}: {key}")
+    values, problems = read_values(SampleEntry, item, f"{where}: {key}", PAGE)
     values["cfgs"], wrong = _cfgs(values.get("cfgs"), where, f"{key}.cfgs")
     problems += wrong
     size = values.get("size")

@@ -17,6 +17,7 @@ from utils.errors import Problem
 _NO_VALUE = object()
 # Of a whole number that a float can hold.
 MOST_BITS = 1023
+PAGE = "docs/configuration.md"
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,11 +73,11 @@ def option_fields(section: type) -> dict[str, OptionField]:
     return found
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """The remedy for an unknown name: the nearest known one, or where to look."""
+def nearest(name: str, known: Iterable[str], page: str = PAGE) -> str:
+    """The remedy for an unknown name: the nearest known one, or the page to look at."""
     candidates = list(known)
     match = difflib.get_close_matches(name.lstrip("-").replace("-", "_"), candidates, n=1, cutoff=0.6)
-    return f"unknown; did you mean {match[0]}?" if match else "unknown; see docs/configuration.md for the names"
+    return f"unknown; did you mean {match[0]}?" if match else f"unknown; see {page} for the names"
 
 
 _KINDS = {
@@ -120,13 +121,18 @@ def _check_range(spec: Spec, value: Any, wrong: Callable[[str], tuple[None, Prob
     return value, None
 
 
-def read_values(section: type, values: Mapping[str, Any], where: str) -> tuple[dict[str, Any], list[Problem]]:
-    """The values of a JSON object that are given (not null) and right, and every problem with the others."""
+def read_values(
+    section: type, values: Mapping[str, Any], where: str, page: str = PAGE
+) -> tuple[dict[str, Any], list[Problem]]:
+    """The values of a JSON object that are given (not null) and right, and every problem with the others.
+
+    `page`: where the names are explained.
+    """
     fields = option_fields(section)
     good, problems = {}, []
     for name, value in values.items():
         if name not in fields:
-            problems.append(Problem(where, name, value, nearest(name, fields)))
+            problems.append(Problem(where, name, value, nearest(name, fields, page)))
         elif value is not None:
             checked, problem = check_value(fields[name], value, where)
             if problem is None:

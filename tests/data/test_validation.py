@@ -130,6 +130,8 @@ def test_all_mistakes_at_once(tmp_path: Path) -> None:
         read_validation_file(write(tmp_path, wrong))
     assert len(caught.value.problems) == 4
     assert "did you mean every_n_epochs?" in str(caught.value)
+    with pytest.raises(ProblemsError, match=r"(?s)docs/watching.md.*another curve"):
+        read_validation_file(write(tmp_path, {"zzz": 1, "extra_manual_datasets": {"val": "folder"}}))
     with pytest.raises(ProblemsError, match="manual needs a folder"):
         read_validation_file(write(tmp_path, {"val_split_mode": "manual"}))
 

@@ -54,6 +54,12 @@ def test_an_empty_or_missing_file_stands_for_captions(tmp_path: Path, text: str 
     assert [job.prompt for job in jobs(path, ("", ""))] == ["", ""], "nothing else was trained"
 
 
+def test_an_unknown_key_names_the_page_that_has_them(tmp_path: Path) -> None:
+    with pytest.raises(ProblemsError) as caught:
+        plan(write(tmp_path / "s.json", {"zzz": 1, "samples": [{"qqq": 1}]}))
+    assert str(caught.value).count("docs/watching.md") == 2
+
+
 def test_no_file_no_samples() -> None:
     assert not any(plan(None).due(update) for update in (0, 10, 20))
 
