@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,7 +90,7 @@ def load_optimizer_file(path: str | Path) -> OptimizerFile:
     path = Path(path)
     if str(path) == DEFAULT_FILE and not path.exists():
         return OptimizerFile(notes=(f"no {path}: the default optimizer and rates are used; see docs/optimizers.md",))
-    if not path.exists():
+    if not os.path.exists(path):  # noqa: PTH110  pathlib raises for a name that is too long
         remedy = "no such file; name another one with optimizer_config, or leave that out for the defaults"
         raise ProblemsError([Problem(str(path), "", None, remedy)])
     return parse_optimizer_file(read_json_object(path), str(path))

@@ -62,7 +62,7 @@ def collect_options(argv: Sequence[str]) -> Collected:
     from_file: dict[str, Any] = {}
     given_flags = {word.partition("=")[0] for word in argv}
     warnings = [_obsolete("command line", name) for name in OBSOLETE if f"--{name}" in given_flags]
-    if path.exists() or "config" in flags:
+    if "config" in flags or path.exists():
         try:
             raw = read_json_object(path)
         except ProblemsError as error:

@@ -6,11 +6,13 @@ import argparse
 import dataclasses
 import itertools
 import logging
+import os
 import signal
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,9 +21,13 @@ ROOT = Path(__file__).parent.parent.parent
 # tests/jobs.py imports its neighbours as pytest would.
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+from starter.make_model import random_model  # noqa: E402
 from tests.faults import disk, kills, order, runs, starts  # noqa: E402
 from tests.faults.calls import fail_every_call  # noqa: E402
 from tests.faults.damage import damage, forge  # noqa: E402
+from tests.faults.mutated import mutate  # noqa: E402
+from tests.faults.soak import make_soak_world, soak  # noqa: E402
+from tests.jobs import make_world  # noqa: E402
 
 Test = Callable[[Path, int], Any]
 KILLED = "kill -9 of jobs"
@@ -45,6 +51,7 @@ def saves() -> dict[str, tuple[int, Test]]:
         "bit flips": (1000, lambda d, n: damage(d, n, 1, search_every=20)),
         "truncations": (50, lambda d, n: damage(d, n, 1, cut=True, search_every=5)),
         "forged manifests and states": (20_000, lambda d, n: forge(d, n, 1)),
+        "changed model and option files": (20_000, _mutated),
         "order on the disk": (
             1,
             lambda d, n: order.violations(*order.watched_save(d)) or "sync, manifest, rename, sync",
@@ -57,13 +64,20 @@ def _small_file_system(folder: Path, count: int) -> Any:
         return "no right to mount a file system here" if mount is None else disk.full_file_system(mount, count)
 
 
+def _mutated(folder: Path, count: int) -> Any:
+    (folder / "changed").mkdir()
+    return mutate(folder / "changed", random_model(folder / "model"), count, 1)
+
+
 def _every_call(folder: Path, _count: int) -> Any:
     number = itertools.count()
     return fail_every_call(lambda: folder / str(next(number)))
 
 
 def whole_runs(jobs: starts.Jobs, expected: Any, whole: Path, seconds: float) -> dict[str, tuple[int, Test]]:
-    """The faults of whole jobs."""
+    """The faults of whole jobs; `seconds`: how long one takes that is left alone."""
+    rare: dict[str, Any] = {"ckpt_every_n_minutes": 10, "no_save_ckpt": True}
+    validating: dict[str, Any] = {**rare, "validation_config": whole / "validation.json"}
 
     def killed(folder: Path, count: int) -> Any:
         return runs.kill_until_done(jobs, folder, expected, count, 1, seconds)
@@ -71,25 +85,30 @@ def whole_runs(jobs: starts.Jobs, expected: Any, whole: Path, seconds: float) ->
     def stopped(how: str, folder: Path, count: int) -> Any:
         return runs.stop_until_done(jobs, folder, expected, count, 1, seconds, how)
 
-    def placed(place: str, number: signal.Signals, folder: Path, count: int) -> Any:
-        return runs.stop_at_place(jobs, folder, expected, count, place, number)
+    def placed(place: str, folder: Path, count: int) -> Any:
+        numbers = (signal.SIGTERM, signal.SIGINT)
+        # What is not in question may be rare.
+        options: dict[str, Any] = {} if place == "in mid-save" else rare
+        return runs.stop_at_place(jobs, folder, expected, count, place, numbers, **options)
+
+    def validated(folder: Path, count: int) -> Any:
+        validating["validation_config"].write_text('{"auto_split_proportion": 0.3}', encoding="utf-8")
+        assert jobs.run(folder / "whole", **validating).code == 0, jobs.output
+        numbers, other = (signal.SIGTERM, signal.SIGINT), runs.final_state(folder / "whole")
+        return runs.stop_at_place(jobs, folder, other, count, "while validating", numbers, **validating)
 
     def workers(folder: Path, count: int) -> Any:
         return runs.kill_workers(jobs, folder, expected, count, 1, seconds / 2)
 
-    def full(folder: Path, count: int) -> Any:
-        return runs.full_disks(jobs, folder, expected, whole, count)
-
-    tests: dict[str, tuple[int, Test]] = {
-        KILLED: (200, killed),
-        "kill -9 of workers": (50, workers),
-        "disk full under jobs": (20, full),
-    }
+    tests: dict[str, tuple[int, Test]] = {KILLED: (200, killed)}
     tests |= {how: (50, partial(stopped, how)) for how in runs.GENTLE}
     for place in runs.PLACES:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            tests[f"{number.name} {place}"] = (5, partial(placed, place, number))
-    return tests
+        tests[f"stopped {place}"] = (50, validated if place == "while validating" else partial(placed, place))
+    return tests | {
+        "kill -9 of workers": (100, workers),
+        "disk full under jobs": (20, lambda folder, count: runs.full_disks(jobs, folder, expected, whole, count)),
+        "broken logs and streams": (10, lambda folder, count: runs.broken_sinks(jobs, folder, expected, count)),
+    }
 
 
 def main() -> None:
@@ -97,8 +116,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", help="parts of names; nothing: all")
     parser.add_argument("--scale", type=float, default=1.0)
-    parser.add_argument("--seconds", type=float, default=8.0, help="kills and signals come within this time of a start")
-    parser.add_argument("--only", choices=["saves", "runs"], help="half of the tests")
+    parser.add_argument("--only", choices=["saves", "runs", "soak"], help="a part of the tests")
     given = parser.parse_args()
     logging.disable(logging.CRITICAL)
     import torch
@@ -113,21 +131,30 @@ def main() -> None:
                     figures = _shown(test(Path(folder), max(1, round(count * given.scale))))
                     print(f"{name}: {figures} ({time.monotonic() - started:.0f} s)", flush=True)
 
-    if given.only != "runs":
+    if given.only in (None, "saves"):
         run(saves())
-    if given.only == "saves":
-        return
-    with tempfile.TemporaryDirectory(prefix="faults-", ignore_cleanup_errors=True) as name:
-        run_jobs(Path(name), run, given.seconds)
+    if given.only in (None, "runs"):
+        with tempfile.TemporaryDirectory(prefix="faults-", ignore_cleanup_errors=True) as name:
+            run_jobs(Path(name), run)
+    if given.only in (None, "soak"):
+        run({"soak": (20_000, _soak)})
 
 
-def run_jobs(folder: Path, run: Callable[[dict[str, tuple[int, Test]]], None], seconds: float) -> None:
+def run_jobs(folder: Path, run: Callable[[dict[str, tuple[int, Test]]], None]) -> None:
     """Hand `run` the faults of whole jobs, with the jobs and what one that is left alone arrives at."""
-    from tests.jobs import make_world
-
     with starts.jobs(folder, make_world(folder / "world")) as jobs:
         assert jobs.run(folder / "whole").code == 0, jobs.output
+        started = time.monotonic()
+        assert jobs.run(folder / "again").code == 0, jobs.output
+        seconds = time.monotonic() - started
+        print(f"a job that is left alone takes {seconds:.1f} s", flush=True)
         run(whole_runs(jobs, runs.final_state(folder / "whole"), folder / "whole", seconds))
+
+
+def _soak(folder: Path, updates: int) -> Any:
+    # What a run prints goes by the hundred lines.
+    with Path(os.devnull).open("w") as null, redirect_stdout(null):
+        return soak(make_soak_world(folder / "world"), folder, updates, max(2, round(updates / 1000)))
 
 
 def _shown(figures: Any) -> str:

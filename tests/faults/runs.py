@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
+import shutil
 import signal
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.faults.starts import PROJECT, Ended, Jobs, Target
+from tests.faults.starts import FILES, PROJECT, Ended, Jobs, Target
 from utils.checkpoint import load_training_state, prove
 from utils.errors import UserError
 from utils.findlast import find_last
@@ -25,6 +26,7 @@ class RunFigures:
         lost: hits after which a save that the log had reported was not found.
         most_lost: the most finished updates that a hit made a chain do again.
         unequal: chains whose last training state differed in any bit from the uninterrupted one.
+        astray: chains that ended in more than one run folder, or without the single files.
         orphans: processes that outlived their job.
         wrong_code: jobs that ended with another exit code than they should have.
     """
@@ -35,6 +37,7 @@ class RunFigures:
     lost: int = 0
     most_lost: int = 0
     unequal: int = 0
+    astray: int = 0
     orphans: int = 0
     wrong_code: int = 0
     codes: dict[int, int] = field(default_factory=dict)
@@ -47,11 +50,8 @@ def final_state(logdir: Path) -> Any:
     return load_training_state(found.folder) if found is not None and found.finished and found.has_state else None
 
 
-def inspect(logdir: Path, ended: Ended, figures: RunFigures) -> bool:
-    """Count what a hit has left; whether the run is finished.
-
-    The hit may come between the last save and the end; another job would then start a new run from the finished one.
-    """
+def inspect(logdir: Path, ended: Ended, figures: RunFigures) -> None:
+    """Count what a job has left, however it ended."""
     reported = 0
     for run in logdir.iterdir() if logdir.is_dir() else []:
         for folder in (run / "ckpts").iterdir() if (run / "ckpts").is_dir() else []:
@@ -60,14 +60,27 @@ def inspect(logdir: Path, ended: Ended, figures: RunFigures) -> bool:
                     prove(folder, from_disk=False)
                 except UserError:
                     figures.unusable += 1
-        reported = max([reported, *(_update(line) for log in run.glob("*.log") for line in _saved(log))])
+        reported = max(
+            [reported, *(_update(line) for log in run.glob("*.log") if log.is_file() for line in _saved(log))]
+        )
     found = find_last(logdir, PROJECT)
     reached = 0 if found is None else found.progress.update
     figures.lost += reached < reported
     figures.most_lost = max(figures.most_lost, ended.update - reached)
     figures.orphans += ended.orphans
     assert ended.code != 0 or (found is not None and found.finished), "a job that ends well leaves a finished run"
-    return found is not None and found.finished
+
+
+def compare(logdir: Path, expected: Any, figures: RunFigures, *, files: bool = True) -> None:
+    """Count a chain that has come to its end, and what is wrong with it; `files`: it was to write single files."""
+    figures.chains += 1
+    figures.unequal += not same_tree(final_state(logdir), expected)
+    # A job that ended before its first checkpoint leaves a folder, too, and the next one has nothing to go on from.
+    begun = [run for run in logdir.iterdir() if any(run.glob("ckpts/[!.]*"))]
+    last = [path.name for run in begun for path in run.glob("ckpts/last-*")]
+    wanted = {f"{name}.safetensors" for name in last} if files else set()
+    here = {path.name for path in logdir.glob(f"{FILES}/last-*.safetensors")}
+    figures.astray += not (len(begun) == 1 and last and (begun[0] / "finished.json").exists() and wanted == here)
 
 
 def _saved(log: Path) -> list[str]:
@@ -91,25 +104,32 @@ def kill_until_done(jobs: Jobs, root: Path, expected: Any, kills: int, seed: int
             figures.codes[ended.code] = figures.codes.get(ended.code, 0) + 1
             figures.hits += ended.code == -signal.SIGKILL
             figures.wrong_code += ended.code not in (0, -signal.SIGKILL)
-            if inspect(logdir, ended, figures):
+            inspect(logdir, ended, figures)
+            # The kill may come between the last save and the end: then the next job completes the files.
+            if ended.code == 0:
                 break
-        figures.chains += 1
-        figures.unequal += not same_tree(final_state(logdir), expected)
+        compare(logdir, expected, figures)
+        shutil.rmtree(logdir)
     return figures
 
 
+KILLS_A_JOB = 3
+"""The loader gives up when the fourth start in a row brings nothing."""
+
+
 def kill_workers(jobs: Jobs, root: Path, expected: Any, hits: int, seed: int, seconds: float) -> RunFigures:
-    """Jobs, each of which loses one worker at a random moment and goes on."""
+    """Jobs that lose workers at random moments and go on, until `hits` workers have been killed."""
     chance, figures = random.Random(seed), RunFigures()
-    for _ in range(hits):
+    while figures.hits < hits:
         logdir = root / f"chain-{figures.chains:04}"
-        moments = [chance.uniform(0.0, seconds) for _ in range(2)]
-        kills: list[tuple[float, int, Target]] = [(moment, signal.SIGKILL, "worker") for moment in moments]
+        kills: list[tuple[float, int, Target]] = [
+            (chance.uniform(0.0, seconds), signal.SIGKILL, "worker") for _ in range(min(KILLS_A_JOB, hits))
+        ]
         ended = jobs.run(logdir, *kills, num_workers=2)
         _count(ended, set(), logdir, figures)
-        figures.hits += ended.stop_seconds > 0
-        figures.chains += 1
-        figures.unequal += not same_tree(final_state(logdir), expected)
+        figures.hits += ended.signals
+        compare(logdir, expected, figures)
+        shutil.rmtree(logdir)
     return figures
 
 
@@ -170,13 +190,14 @@ GENTLE: dict[str, tuple[tuple[int, Target], ...]] = {
 """What is sent and to whom; the second follows within a second."""
 
 PLACES = {
-    "while scanning": "data.dataset:read_training_set",
-    "while loading": "training.assembly:load_start",
-    "while sampling": "utils.gallery:Gallery.draw",
-    "in mid-update": "optimizer.update:Updater.backward",
-    "in mid-save": "utils.archive:write_folder",
+    "while scanning": ("data.dataset:read_training_set", 1),
+    "while loading": ("training.assembly:load_start", 1),
+    "while sampling": ("utils.sampling:_draw", 3),
+    "while validating": ("training.between:losses_of_probe", 8),
+    "in mid-update": ("optimizer.update:Updater.backward", 8),
+    "in mid-save": ("utils.archive:write_folder", 4),
 }
-"""Functions at whose entry a job signals itself."""
+"""Functions at whose entry a job signals itself, and how often a job calls them at least."""
 
 
 def stop_until_done(
@@ -192,27 +213,50 @@ def stop_until_done(
             signals = [(moment, *each) for moment, each in zip(moments, GENTLE[how], strict=False)]
             workers = chance.choice([0, 0, 1, 2])
             ended = jobs.run(logdir, *signals, num_workers=workers)
-            if _count(ended, codes, logdir, figures):
+            _count(ended, codes, logdir, figures)
+            if ended.code == 0:
                 break
-        figures.chains += 1
-        figures.unequal += not same_tree(final_state(logdir), expected)
+        compare(logdir, expected, figures)
+        shutil.rmtree(logdir)
     return figures
 
 
 def stop_at_place(
-    jobs: Jobs, root: Path, expected: Any, hits: int, place: str, number: int, times: int = 1
+    jobs: Jobs,
+    root: Path,
+    expected: Any,
+    hits: int,
+    place: str,
+    numbers: tuple[int, ...],
+    times: int = 1,
+    **options: Any,
 ) -> RunFigures:
-    """Jobs that signal their group when they enter `PLACES[place]`, each then resumed to its end."""
+    """Jobs that signal their group at one of the times they enter `PLACES[place]`, each then resumed to its end.
+
+    `numbers` are the signals, in turn; `times`: how often each is sent.
+    """
+    chance, figures = random.Random(1), RunFigures()
+    function, calls = PLACES[place]
+    while figures.hits < hits:
+        logdir = root / f"chain-{figures.chains:04}"
+        number = numbers[figures.chains % len(numbers)]
+        hit = [function, chance.randint(1, calls), int(number), times]
+        ended = jobs.run(logdir, hit=hit, num_workers=figures.chains % 3, **options)
+        _count(ended, _codes(number), logdir, figures)
+        if ended.code != 0:
+            _count(jobs.run(logdir, **options), set(), logdir, figures)
+        compare(logdir, expected, figures, files=not options.get("no_save_ckpt"))
+        shutil.rmtree(logdir)
+    return figures
+
+
+def broken_sinks(jobs: Jobs, root: Path, expected: Any, count: int) -> RunFigures:
+    """Jobs whose logs, figures and samples cannot be written, every other one without standard streams as well."""
     figures = RunFigures()
-    for chain in range(hits):
-        logdir = root / f"chain-{chain:04}"
-        hit = [PLACES[place], int(number), times]
-        ended = jobs.run(logdir, hit=hit, num_workers=chain % 3)
-        done = _count(ended, _codes(number), logdir, figures)
-        if not done:
-            _count(jobs.run(logdir), set(), logdir, figures)
-        figures.chains += 1
-        figures.unequal += not same_tree(final_state(logdir), expected)
+    for number in range(count):
+        logdir = root / f"chain-{number:04}"
+        _count(jobs.run(logdir, broken=True, closed=number % 2 == 0), set(), logdir, figures)
+        compare(logdir, expected, figures)
     return figures
 
 
@@ -221,10 +265,10 @@ def _codes(number: int) -> set[int]:
     return {128 + number, -number}
 
 
-def _count(ended: Ended, codes: set[int], logdir: Path, figures: RunFigures) -> bool:
-    """Count how a job ended; whether its run is finished."""
+def _count(ended: Ended, codes: set[int], logdir: Path, figures: RunFigures) -> None:
+    """Count how a job ended, and what it has left."""
     figures.codes[ended.code] = figures.codes.get(ended.code, 0) + 1
     figures.hits += ended.code != 0
     figures.wrong_code += ended.code != 0 and ended.code not in codes
     figures.slowest_stop_seconds = max(figures.slowest_stop_seconds, ended.stop_seconds)
-    return inspect(logdir, ended, figures)
+    inspect(logdir, ended, figures)

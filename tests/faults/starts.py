@@ -21,24 +21,27 @@ Target = Literal["process", "group", "worker"]
 TOKENS = {"HF_TOKEN": "hf_canary_8d1f6c", "WANDB_API_KEY": "wandb_canary_3b9e02"}
 """In the environment of every job; not one byte of them may be written anywhere."""
 OPTIONS: dict[str, Any] = {
-    "max_epochs": 6,
-    "ckpt_every_n_minutes": 0.005,
-    "sample_steps": 4,
-    "ema_decay_rate": 0.9,
-    "ema_update_interval": 1,
+    # Four updates, a checkpoint whenever the last one is done.
+    "max_epochs": 2,
+    "ckpt_every_n_minutes": 0.003,
+    "sample_steps": 2,
     "keep_last_n": 3,
+    "no_save_ckpt": False,
 }
+FILES = "files"
+"""The folder of a chain's single files, in its log folder."""
 
 
 @dataclass
 class Ended:
     """How a job ended: its exit code (negative: the signal), and the last update it had finished.
 
-    `stop_seconds` is the time from the first signal to the end.
+    `signals` is how many found somebody to receive them, `stop_seconds` the time from the first to the end.
     """
 
     code: int
     update: int
+    signals: int
     stop_seconds: float
     orphans: int
 
@@ -55,25 +58,34 @@ class Jobs:
 
         found = find_last(logdir, PROJECT)
         source = self._world.model if found is None else "findlast"
-        return arguments(self._world, logdir, **{**self._options, "resume_ckpt": source, **options})
+        given = {**self._options, "resume_ckpt": source, "save_ckpt_dir": logdir / FILES, **options}
+        return arguments(self._world, logdir, **given)
 
     def run(
-        self, logdir: Path, *signals: tuple[float, int, Target], hit: Any = None, limit: Any = None, **options: Any
+        self,
+        logdir: Path,
+        *signals: tuple[float, int, Target],
+        hit: Any = None,
+        limit: Any = None,
+        broken: bool = False,
+        closed: bool = False,
+        **options: Any,
     ) -> Ended:
         """Run the next job of a chain; `signals` are (seconds since the one before, number, to whom).
 
-        `hit` and `limit` are explained in `tests/faults/zygote.py`.
+        `hit`, `limit`, `broken` and (as no output) `closed` are explained in `tests/faults/zygote.py`.
         """
         arguments = self.arguments(logdir, **options)
         marks = self._folder / "marks"
         marks.write_text("")
         # A limit would hold for the output, too, which is no file of the job's.
-        output = str(self._folder / "output") if limit is None else os.devnull
-        request = {"arguments": arguments, "output": output, "marks": str(marks), "hit": hit, "limit": limit}
+        output = None if closed else str(self._folder / "output") if limit is None else os.devnull
+        request: dict[str, Any] = {"arguments": arguments, "output": output, "marks": str(marks)}
+        request |= {"hit": hit, "limit": limit, "broken": broken}
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(request).encode() + b"\n")
         self._process.stdin.flush()
-        pid, signalled = int(self._line()), None
+        pid, signalled, received = int(self._line()), None, 0
         for seconds, number, target in signals:
             if self._ended_within(seconds):
                 break
@@ -83,10 +95,11 @@ class Jobs:
                     os.killpg(pid, number)
                 else:
                     os.kill(pid if target == "process" else _worker(pid), number)
+                received += 1
         code = int(self._line())
         stop_seconds = 0.0 if signalled is None else time.monotonic() - signalled
         updates = [int(word) for word in marks.read_text().split()]
-        return Ended(code, max(updates, default=0), stop_seconds, _orphans(pid))
+        return Ended(code, max(updates, default=0), received, stop_seconds, _orphans(pid))
 
     @property
     def output(self) -> str:

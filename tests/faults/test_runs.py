@@ -16,14 +16,15 @@ if sys.platform != "linux":
     pytest.skip("forks, kills and signals Linux processes", allow_module_level=True)
 
 from tests.faults import runs, starts
+from tests.faults.soak import make_soak_world, soak
 from tests.jobs import make_world
 
 
 @pytest.fixture(scope="module")
 def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[starts.Jobs]:
     folder = tmp_path_factory.mktemp("jobs")
-    # Four updates, a checkpoint after each.
-    options = {"max_epochs": 2, "ckpt_every_n_minutes": 0, "sample_steps": 2}
+    # A checkpoint after each update, and one of the average beside it.
+    options = {"ckpt_every_n_minutes": 0, "ema_decay_rate": 0.9, "ema_update_interval": 1}
     with starts.jobs(folder, make_world(folder / "world"), **options) as jobs:
         yield jobs
 
@@ -48,7 +49,7 @@ def whole(jobs: starts.Jobs, tmp_path_factory: pytest.TempPathFactory) -> Whole:
 def promised(figures: runs.RunFigures) -> None:
     assert figures.hits > 0
     bad = (figures.unusable, figures.lost, figures.unequal, figures.orphans, figures.wrong_code)
-    assert bad == (0, 0, 0, 0, 0), figures
+    assert (*bad, figures.astray) == (0, 0, 0, 0, 0, 0), figures
 
 
 def test_kill_9_at_random_moments(jobs: starts.Jobs, whole: Whole, tmp_path: Path) -> None:
@@ -66,14 +67,32 @@ def test_a_full_disk_ends_no_job(jobs: starts.Jobs, whole: Whole, tmp_path: Path
 
 @pytest.mark.parametrize(
     ("place", "number", "times"),
-    [("in mid-update", signal.SIGTERM, 2), ("in mid-save", signal.SIGINT, 1), ("in mid-save", signal.SIGINT, 2)],
+    [
+        ("while scanning", signal.SIGTERM, 1),
+        ("while sampling", signal.SIGINT, 1),
+        ("in mid-update", signal.SIGTERM, 2),
+        ("in mid-save", signal.SIGINT, 2),
+    ],
 )
 def test_signals(jobs: starts.Jobs, whole: Whole, tmp_path: Path, place: str, number: int, times: int) -> None:
-    promised(runs.stop_at_place(jobs, tmp_path, whole.state, 1, place, number, times))
+    promised(runs.stop_at_place(jobs, tmp_path, whole.state, 1, place, (number,), times))
+
+
+def test_broken_logs_samples_and_streams_end_no_job(jobs: starts.Jobs, whole: Whole, tmp_path: Path) -> None:
+    figures = runs.broken_sinks(jobs, tmp_path, whole.state, 1)
+    assert figures == runs.RunFigures(chains=1, codes={0: 1})
+
+
+@pytest.mark.slow
+def test_a_soak(tmp_path: Path) -> None:
+    """A short one; `make faults` has the long one, and memory is for that to tell."""
+    figures = soak(make_soak_world(tmp_path / "world"), tmp_path, updates=120, resumes=3)
+    assert (figures.updates, figures.jobs) == (120, 4)
+    assert (figures.more_files, figures.more_threads, figures.more_children) == (0, 0, 0), figures
 
 
 def test_tokens_of_the_environment_are_written_nowhere(jobs: starts.Jobs, tmp_path: Path) -> None:
-    assert jobs.run(tmp_path / "logs", save_ckpt_dir=tmp_path, no_save_ckpt=False, max_epochs=1).code == 0, jobs.output
+    assert jobs.run(tmp_path / "logs", save_ckpt_dir=tmp_path, max_epochs=1).code == 0, jobs.output
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert any(path.suffix == ".safetensors" and path.parent == tmp_path for path in files)
     contents = [jobs.output.encode(), *(path.read_bytes() for path in files)]

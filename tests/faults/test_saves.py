@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+import pickle
 import sys
 from pathlib import Path
 
@@ -16,9 +17,11 @@ from utils.files import remove_folder, replace_folder
 if sys.platform != "linux":
     pytest.skip("kills, limits and watches Linux processes", allow_module_level=True)
 
+from starter.make_model import random_model
 from tests.faults import disk, kills, order
 from tests.faults.calls import fail_every_call
 from tests.faults.damage import damage, forge
+from tests.faults.mutated import mutate
 
 
 @pytest.fixture(autouse=True)
@@ -62,6 +65,20 @@ def test_forged_manifests_and_states_are_refused_in_words(tmp_path: Path) -> Non
     figures = forge(tmp_path, 60, seed=1)
     assert figures.crashed == 0, figures.crashes
     assert figures.refused > 20
+
+
+def test_changed_model_and_option_files_are_refused_in_words_and_run_nothing(tmp_path: Path) -> None:
+    (tmp_path / "changed").mkdir()
+    figures = mutate(tmp_path / "changed", random_model(tmp_path / "model"), 110, seed=1)
+    assert (figures.crashed, figures.ran) == (0, 0), figures.crashes
+    assert min(figures.refused, figures.taken) > 5
+
+
+def test_the_trap_among_them_would_be_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "changed").mkdir()
+    monkeypatch.setattr("tests.faults.mutated.read_pickle", lambda path: pickle.loads(path.read_bytes()))
+    monkeypatch.setattr("tests.faults.mutated._changed", lambda data, _: data)
+    assert mutate(tmp_path / "changed", random_model(tmp_path / "model"), 11, seed=1).ran > 0
 
 
 def test_order_on_the_disk(tmp_path: Path) -> None:

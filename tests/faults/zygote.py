@@ -1,17 +1,20 @@
 """A process that has imported everything and forks a job on request, so that a hundred starts take minutes, not hours.
 
-It reads a JSON line {"arguments", "output", "marks", "hit", "limit"} and answers with two: the process id at the start,
-the exit status at the end. `marks` is a file that gets the number of each finished update; `hit` = [function, signal,
-times] lets the job signal its group when it enters "module:name", and again half a second later; `limit` is the size
-that no file of the job may pass from its first update on, or null.
+It reads a JSON line {"arguments", "output", "marks", "hit", "limit", "broken"} and answers with two: the process id at
+the start, the exit status at the end. `output` is a file, or null for a job whose standard streams are closed. `marks`
+is a file that gets the number of each finished update. `hit` = [function, call, signal, times] lets the job signal its
+group when it enters "module:name" for the `call`-th time, and again half a second later. `limit` is the size that no
+file of the job may pass from its first update on, or null. `broken` puts something in the way of all that reports.
 """
 
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import os
 import resource
+import shutil
 import signal
 import sys
 import threading
@@ -54,10 +57,7 @@ def _become_job(request: dict[str, Any]) -> None:
     os.setsid()
     # A shell lets what it starts in the background ignore Ctrl-C.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    output = os.open(request["output"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    _lead_output(request["output"])
     import train
 
     # By name, because the loop has imported the function that is wrapped here.
@@ -72,6 +72,8 @@ def _become_job(request: dict[str, Any]) -> None:
     loop.after_update = mark
     if request["limit"] is not None:
         _fill_disk(loop, request["limit"])
+    if request["broken"]:
+        _break_sinks(loop)
     if request["hit"] is not None:
         _hit_self(*request["hit"])
     try:
@@ -86,9 +88,39 @@ def _become_job(request: dict[str, Any]) -> None:
 
         traceback.print_exc()
         code = error.code if isinstance(error, SystemExit) else 1
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            stream.flush()
     os._exit(code if isinstance(code, int) and code >= 0 else 254)
+
+
+def _lead_output(path: str | None) -> None:
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    if path is None:
+        # As a program finds itself that was started with >&- 2>&-.
+        sys.stdout = sys.stderr = None
+        os.close(1)
+        os.close(2)
+        return
+    output = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+
+
+def _break_sinks(loop: Any) -> None:
+    """From the first update on a folder stands where each log should be, and a file where the samples should."""
+    train = loop.train
+
+    def with_broken_sinks(session: Any) -> None:
+        run = session.run
+        for path in [run.log, run.metrics, *run.folder.glob("events.*"), run.folder / "loss_by_image.csv"]:
+            path.unlink(missing_ok=True)
+            path.mkdir()
+        shutil.rmtree(run.samples)
+        run.samples.touch()
+        train(session)
+
+    loop.train = with_broken_sinks
 
 
 def _fill_disk(loop: Any, limit: int) -> None:
@@ -101,19 +133,20 @@ def _fill_disk(loop: Any, limit: int) -> None:
     loop.train = on_a_full_disk
 
 
-def _hit_self(place: str, number: int, times: int) -> None:
+def _hit_self(place: str, call: int, number: int, times: int) -> None:
     module_name, name = place.split(":")
     holder: Any = importlib.import_module(module_name)
     *path, last = name.split(".")
     for part in path:
         holder = getattr(holder, part)
     original: Callable[..., Any] = getattr(holder, last)
+    calls = itertools.count(1)
 
     def hit(*arguments: Any, **named: Any) -> Any:
-        setattr(holder, last, original)
-        os.killpg(0, number)
-        for again in range(1, times):
-            threading.Timer(0.5 * again, os.killpg, (0, number)).start()
+        if next(calls) == call:
+            os.killpg(0, number)
+            for again in range(1, times):
+                threading.Timer(0.5 * again, os.killpg, (0, number)).start()
         return original(*arguments, **named)
 
     setattr(holder, last, hit)
