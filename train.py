@@ -6,13 +6,14 @@ import errno
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from training.inputs import Inputs, read_inputs
 from utils.console import end_summary
-from utils.errors import EXIT_DONE, EXIT_TRY_LATER, TryLaterError, UserError
-from utils.logs import FILE_ONLY, LOGGER, close_logs, escape_lines, open_console
+from utils.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_TRY_LATER, OutOfMemoryError, TryLaterError, UserError
+from utils.logs import FILE_ONLY, LOGGER, close_logs, escape_lines, occupy_standard_streams, open_console
 from utils.options import flat
 from utils.seeding import random_seed
 
@@ -29,6 +30,7 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program with the flags `argv` and return its exit code (see docs/reliability.md)."""
+    occupy_standard_streams()
     open_console()
     try:
         return run(read_inputs(sys.argv[1:] if argv is None else argv))
@@ -38,6 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.errno not in DISK_FULL:
             raise
         return tell(TryLaterError(f"{error}; make room and start again"))
+    except KeyboardInterrupt:
+        # Before or after the run itself, which answers signals in its own way.
+        return EXIT_INTERRUPTED
     finally:
         close_logs()
 
@@ -45,7 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def tell(error: UserError) -> int:
     """Say what is wrong, in words, and return the exit code."""
     LOGGER.error("%s", error, extra=FILE_ONLY)
-    sys.stderr.write(f"error: {escape_lines(str(error))}\n")
+    if sys.stderr is not None:  # None: a program started without one
+        with suppress(OSError, ValueError):
+            sys.stderr.write(f"error: {escape_lines(str(error))}\n")
     return error.exit_code
 
 
@@ -57,12 +64,13 @@ def run(inputs: Inputs) -> int:
     options = inputs.options
     for warning in inputs.warnings:
         LOGGER.warning("%s", warning)
-    with StopSignal() as stop:
+    with StopSignal(at_once=True) as stop:
         start = find_start(options)
-        data = read_data(inputs, start)
-        if stop.exit_code is not None:
-            return stop.exit_code
-        return work(inputs, data, start, stop)
+        if start.incomplete is not None and not options.run.dry_run:
+            from training.completing import complete
+
+            return complete(start.incomplete, options)
+        return work(inputs, read_data(inputs, start), start, stop)
 
 
 def work(inputs: Inputs, data: TrainingSet, start: Start, stop: StopSignal) -> int:
@@ -71,7 +79,15 @@ def work(inputs: Inputs, data: TrainingSet, start: Start, stop: StopSignal) -> i
         LOGGER.info("%s", line)
     if inputs.options.run.dry_run:
         return show_plan(inputs, data)
-    return train_and_save(inputs, data, start, stop)
+    import torch
+
+    from training.memory import REMEDIES
+
+    try:
+        return train_and_save(inputs, data, start, stop)
+    except torch.OutOfMemoryError as error:
+        what = f"the training does not fit into memory ({str(error).splitlines()[0]})"
+        raise OutOfMemoryError(f"{what}; what may help: {REMEDIES}") from error
 
 
 def read_data(inputs: Inputs, start: Start) -> TrainingSet:
@@ -120,11 +136,13 @@ def train_and_save(inputs: Inputs, data: TrainingSet, start: Start, stop: StopSi
             train(session)
         except UserError as error:
             # The last update is whole, so this goes on exactly once the cause is mended.
-            session.save("interrupted" if session.exact_after(error) else "errored", wait=True)
+            if not stop.at_once:
+                session.save("interrupted" if session.exact_after(error) else "errored", wait=True)
             raise
         except Exception:
             # What was learned up to here is worth a look; findlast never takes it, an older checkpoint is exact.
-            session.save("errored", wait=True)
+            if not stop.at_once:
+                session.save("errored", wait=True)
             raise
         return finish(session)
 
@@ -132,6 +150,7 @@ def train_and_save(inputs: Inputs, data: TrainingSet, start: Start, stop: StopSi
 def finish(session: Session) -> int:
     """Save the last checkpoint, say where everything is, and return the exit code."""
     from training.between import report_saves
+    from training.completing import mark_finished
 
     if session.finished:
         kind: Kind = "" if session.options.save.no_prepend_last else "last"
@@ -140,13 +159,15 @@ def finish(session: Session) -> int:
     report_saves(session, session.writer.close())
     results = session.save(kind, wait=True)
     saved = results[-1]
+    complete = mark_finished(session.run, saved.record, results) if session.finished else saved.folder is not None
     paths: dict[str, object] = {"run folder": session.run.folder}
     if saved.folder is not None:
         paths["checkpoint"] = saved.folder
     if not session.options.save.no_save_ckpt and saved.error is None:
         paths["single file"] = session.archive.single_file(saved.record)
-    if any(session.run.samples.iterdir()):
-        paths["samples"] = session.run.samples
+    with suppress(OSError):
+        if any(session.run.samples.iterdir()):
+            paths["samples"] = session.run.samples
     paths["TensorBoard"] = f"tensorboard --logdir {session.options.run.logdir}"
     LOGGER.info(
         end_summary(
@@ -158,7 +179,7 @@ def finish(session: Session) -> int:
             paths=paths,
         )
     )
-    if saved.folder is None:
+    if not complete:
         return EXIT_TRY_LATER
     return session.stop.exit_code if not session.finished and session.stop.exit_code is not None else EXIT_DONE
 

@@ -16,7 +16,7 @@ from optimizer.schedules import Schedule
 from optimizer.settings import PartSettings, schedule_of
 from utils.errors import UserError
 from utils.optimizer_file import Freezing
-from utils.optimizer_names import FINDS_ITS_RATE, PARAMETERS
+from utils.optimizer_names import FINDS_ITS_RATE, MOMENT_BYTES, PARAMETERS
 
 _LAYER = re.compile(r"\bencoder\.layers\.(\d+)\.")
 
@@ -64,6 +64,14 @@ class Part:
     def lr_at(self, done: int) -> float:
         """The learning rate of the update after `done` others."""
         return self.rate * self.schedule.factor(done)
+
+    def coming_bytes(self) -> int:
+        """Memory that the moments will take and do not take yet: all of it before the first update, then none."""
+        if any(optimizer.state for optimizer in self.optimizers):
+            return 0
+        numbers = sum(parameter.numel() for parameter in self.parameters.values())
+        share = 2 if self.memory.bf16_weights and not self.optimizer_name.endswith("8bit") else 1
+        return numbers * MOMENT_BYTES.get(self.optimizer_name, 0) // share
 
     def weights(self) -> dict[str, Tensor]:
         """The trained weights to sample and to export, by name; live tensors, except where an optimizer averages.

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import training.loop
-import training.memory
+import training.rehearsal
 from data.batches import Batch, BatchSource, Lost, Request
 from tests.jobs import World, arguments, final_state, make_world, run_folder, run_job, stop_after, watch
 from training.session import Session
@@ -436,7 +436,7 @@ def test_the_rehearsal_before_the_first_update_changes_nothing(
     rehearsed = []
 
     def before(session: Session) -> None:
-        training.memory.rehearse(session)
+        training.rehearsal.rehearse(session)
         rehearsed.append(session.row_limits)
         original(session)
 
@@ -449,7 +449,7 @@ def test_the_rehearsal_before_the_first_update_changes_nothing(
 def test_a_rehearsal_that_runs_short_cuts_the_micro_batches_to_come(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = training.memory.forward_backward
+    original = training.rehearsal.forward_backward
     limits: list[int] = []
 
     def short(session: Session, batch: Any, images: int, *, last: bool) -> Any:
@@ -458,10 +458,10 @@ def test_a_rehearsal_that_runs_short_cuts_the_micro_batches_to_come(
         return original(session, batch, images, last=last)
 
     def before(session: Session) -> None:
-        training.memory.rehearse(session)
+        training.rehearsal.rehearse(session)
         limits.extend(session.row_limits.values())
 
-    monkeypatch.setattr(training.memory, "forward_backward", short)
+    monkeypatch.setattr(training.rehearsal, "forward_backward", short)
     monkeypatch.setattr(training.loop, "before_first_update", before)
     assert run_job(world, tmp_path, sample_prompts="none", max_epochs=1, batch_size=4) == 0
-    assert limits == [1]
+    assert limits == [1] * 3, "in every bucket"

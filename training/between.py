@@ -6,13 +6,14 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data.item import Update
 from data.lengths import full_text
 from data.schedule import write_schedule
-from training.memory import rehearse
 from training.parts import losses_of_probe
+from training.rehearsal import foresee_saves, rehearse
 from training.session import Session
 from training.settings import reload_settings
 from utils.borrow import undisturbed, weights_swapped
@@ -20,6 +21,7 @@ from utils.console import validation_line
 from utils.contact_sheet import contact_sheet
 from utils.errors import UserError
 from utils.logs import LOGGER
+from utils.stopping import CutOff
 from utils.writer import SaveResult
 
 if TYPE_CHECKING:
@@ -30,9 +32,15 @@ def before_first_update(session: Session) -> None:
     """What is tried and shown before anything is trained: memory, samples and losses of the model as it came."""
     if session.device.is_cuda:
         rehearse(session)
+    foresee_saves(session)
     if session.progress.update == 0:
         session.captions = session.data.captions(session.data.plan(0)[0])
         draw_samples(session)
+        validate(session)
+    due, session.cut_off = session.cut_off, set()
+    if "samples" in due:
+        draw_samples(session, asked=True)
+    if "validation" in due:
         validate(session)
 
 
@@ -89,7 +97,8 @@ def show_first_update(session: Session) -> None:
         batches, session.first_batches = session.first_batches, ()
         pictures = [picture for batch in batches for picture in batch.pixels.cpu()]
         captions = [caption for batch in batches for caption in batch.captions]
-        session.tracker.image("first_update", contact_sheet(pictures, captions), session.progress.update)
+        with surviving("the picture of the first update"):
+            session.tracker.image("first_update", contact_sheet(pictures, captions), session.progress.update)
 
 
 def save(session: Session) -> None:
@@ -186,7 +195,8 @@ def draw_samples(session: Session, *, asked: bool = False) -> None:
     # With neither flag it is the average alone, which is what the user will use.
     if averages is not None and (ema.ema_sample_ema_model or not ema.ema_sample_nonema_model):
         versions["ema"] = averages
-    with left_out(session):
+    pictures: list[Path] = []
+    with left_out(session), cut_off_by_stop(session, "samples"):
         pictures = session.gallery.draw(session.progress.update, session.captions, versions)
     if pictures:
         word = "sample" if len(pictures) == 1 else "samples"
@@ -200,9 +210,11 @@ def validate(session: Session) -> None:
     models, device, update = session.models, session.device, session.progress.update
     loss_of = partial(losses_of_probe, models, session.networks, session.objective, device)
     values: dict[str, float] = {}
+    before = session.validation.state()
     with (
         surviving("validation"),
         left_out(session),
+        cut_off_by_stop(session, "validation"),
         undisturbed(models.unet, models.text_encoder, models.vae, device=device.torch_device),
     ):
         for label, weights in (("", session.answers()), ("ema", session.averages())):
@@ -211,9 +223,37 @@ def validate(session: Session) -> None:
                     for name, tensors in weights.items():
                         stack.enter_context(weights_swapped(getattr(models, name), tensors))
                     values |= session.validation.run(update, loss_of, label=label)
-    session.tracker.scalars(update, values)
-    line = validation_line(values)
-    LOGGER.info("%s", line)
+    if "validation" in session.cut_off:
+        # The pass will come again as a whole; half of it must not count twice.
+        session.validation.load_state(before)
+    elif values:
+        session.tracker.scalars(update, values)
+        line = validation_line(values)
+        LOGGER.info("%s", line)
+
+
+@contextmanager
+def cut_off_by_stop(session: Session, what: str) -> Iterator[None]:
+    """Leave what happens inside, at its next pass through a network, once a stop is asked for.
+
+    A sheet of samples may take minutes, and who sends SIGTERM seldom waits that long. What was cut off is noted, so
+    that the run does it when it goes on.
+    """
+
+    def look(*_: object) -> None:
+        if session.stop:
+            raise CutOff
+
+    vae = session.models.vae
+    hooks = [part.register_forward_pre_hook(look) for part in (session.models.unet, vae.encoder, vae.decoder)]
+    try:
+        yield
+    except CutOff:
+        session.cut_off.add(what)
+        LOGGER.info("%s after update %d: left out, the run is stopping", what, session.progress.update)
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def report_saves(session: Session, results: list[SaveResult]) -> None:
@@ -232,8 +272,10 @@ def report_saves(session: Session, results: list[SaveResult]) -> None:
 def left_out(session: Session) -> Iterator[None]:
     """Keep what happens inside out of the images per second."""
     started = time.perf_counter()
-    yield
-    session.window.leave_out(time.perf_counter() - started)
+    try:
+        yield
+    finally:
+        session.window.leave_out(time.perf_counter() - started)
 
 
 @contextmanager
@@ -241,5 +283,6 @@ def surviving(what: str) -> Iterator[None]:
     """Go on when something that only looks on fails: a disk that is full, a pass that does not fit into memory."""
     try:
         yield
-    except (OSError, RuntimeError) as error:
-        LOGGER.warning("%s failed, the training goes on: %s", what, str(error))
+    except Exception as error:  # noqa: BLE001  whatever it is, it has not touched what is being trained
+        foreseen = isinstance(error, OSError | RuntimeError)
+        LOGGER.warning("%s failed, the training goes on: %s", what, str(error), exc_info=not foreseen)

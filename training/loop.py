@@ -17,6 +17,8 @@ from training.step import Pass, forward_backward
 def train(session: Session) -> None:
     """Train until all updates are done or a stop is asked for."""
     before_first_update(session)
+    # From here on there is something to save.
+    session.stop.at_once = False
     while not session.finished and not session.stop:
         train_epoch(session)
     if session.progress.update_in_epoch > 0:

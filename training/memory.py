@@ -1,14 +1,13 @@
-"""When memory is short: what is tried before the first update, and how a micro-batch is cut when it does not fit."""
+"""When memory is short: how a micro-batch is cut when it does not fit."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 from data.batches import Batch
-from data.item import Bucket, MicroBatch, Update, Visit
+from data.item import Bucket
 from optimizer.in_backward import UpdaterInBackward
 from training.session import Session
-from training.step import forward_backward
 from utils.errors import OutOfMemoryError
 from utils.logs import LOGGER
 
@@ -58,41 +57,3 @@ def learn_from_shortage(session: Session, batch: Batch) -> None:
         bucket.height,
         session.row_limits[bucket],
     )
-
-
-def rehearse(session: Session) -> None:
-    """Try the largest micro-batch before the first update, so that memory does not run out an hour into the run.
-
-    Its gradients are dropped and nothing is drawn from global state: the run does not notice.
-
-    Raises:
-        OutOfMemoryError: not even one image fits.
-    """
-    if isinstance(session.updater, UpdaterInBackward):
-        return  # its backward pass is the update
-    largest = max({bucket for _, bucket in session.data.placed}, key=lambda bucket: bucket.width * bucket.height)
-    items = [item for item, bucket in session.data.placed if bucket == largest]
-    count = min(session.options.data.batch_size, max(len(items), 1) * 1_000)
-    visits = tuple(Visit(items[place % len(items)], largest, 0, place // len(items)) for place in range(count))
-    update = Update((MicroBatch(largest, visits),))
-    for batch in session.batches.epoch([update]):
-        fits = False
-        while not fits:
-            try:
-                for piece, last in pieces(session, batch):
-                    forward_backward(session, piece, update.images, last=last)
-                fits = True
-            except RuntimeError as error:
-                if not session.device.out_of_memory(error):
-                    raise
-                learn_from_shortage(session, batch)
-            session.updater.discard()
-    memory = session.device.memory_gib()
-    if memory is not None:
-        LOGGER.info(
-            "%d images of %d x %d take %.1f of %.1f GiB at the peak, moments of the optimizer not counted",
-            min(count, session.row_limits.get(largest, count)),
-            largest.width,
-            largest.height,
-            *memory,
-        )

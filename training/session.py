@@ -57,6 +57,7 @@ class Session:
         skipped_told: skipped updates that were told already.
         unread: number, image ids and success of each update since the last log; the success is on the device.
         first_batches: of the first update, until they have been shown.
+        cut_off: what was due after the last update and gave way to a stop, "samples" or "validation".
         row_limits: buckets of which fewer images than `batch_size` fit into memory.
     """
 
@@ -94,6 +95,7 @@ class Session:
     unread: list[tuple[int, tuple[str, ...], Tensor]] = field(default_factory=list)
     row_limits: dict[Bucket, int] = field(default_factory=dict)
     first_batches: tuple[Batch, ...] = ()
+    cut_off: set[str] = field(default_factory=set)
 
     @property
     def finished(self) -> bool:
@@ -123,6 +125,8 @@ class Session:
             "epoch_meter": self.epoch_meter.state_dict(),
             "ledger": self.ledger.state(),
             "validation": None if self.validation is None else self.validation.state(),
+            "cut_off": sorted(self.cut_off),
+            "captions": list(self.captions) if self.cut_off else [],
         }
 
     def restore(self, state: Mapping[str, Any]) -> list[str]:
@@ -137,6 +141,7 @@ class Session:
         self.ledger.load_state(state["ledger"])
         if self.validation is not None and state["validation"] is not None:
             self.validation.load_state(state["validation"])
+        self.cut_off, self.captions = set(state.get("cut_off", ())), tuple(state.get("captions", ()))
         return changes
 
     def save(self, kind: Kind = "", *, wait: bool = False) -> list[SaveResult]:

@@ -59,6 +59,15 @@ class Device:
             torch.cuda.empty_cache()
         return True
 
+    def begin_peak(self) -> None:
+        """Count the peak of `peak_gib` from here on."""
+        if self.is_cuda:
+            torch.cuda.reset_peak_memory_stats(self.torch_device)
+
+    def peak_gib(self) -> float | None:
+        """The most memory in use at once since `begin_peak`, in GiB; `None` on the CPU, where nobody counts."""
+        return torch.cuda.max_memory_allocated(self.torch_device) / 2**30 if self.is_cuda else None
+
     def memory_gib(self) -> tuple[float, float] | None:
         """GiB in use at the peak and GiB in all, `None` on the CPU. Reads counters, does not wait for the device."""
         if not self.is_cuda:

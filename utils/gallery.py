@@ -66,6 +66,18 @@ class Gallery:
             _tell(update, error)
             return []
 
+    def rehearse(self, update: int, captions: Sequence[str]) -> SampleJob | None:
+        """Draw the largest of the samples in two steps and throw it away: which it was, `None` without samples.
+
+        Raises whatever the drawing raises.
+        """
+        sheet = self.plan.sheet(update, captions)
+        if not self.plan.any or not sheet.jobs:
+            return None
+        largest = max(sheet.jobs, key=lambda job: job.width * job.height)
+        self._sample(replace(sheet, jobs=(largest,), steps=2, show_progress=False))
+        return largest
+
     def _version(self, update: int, sheet: SampleSheet, label: str, weights: Weights) -> list[Path]:
         written = []
         with ExitStack() as stack:

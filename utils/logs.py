@@ -21,6 +21,18 @@ _COLOURS = {logging.WARNING: "\033[33m", logging.ERROR: "\033[31m", logging.CRIT
 _WORDS = {logging.WARNING: "warning: ", logging.ERROR: "error: ", logging.CRITICAL: "error: "}
 
 
+def occupy_standard_streams() -> None:
+    """Let every standard stream that is closed lead nowhere.
+
+    The next file to be opened, a checkpoint perhaps, would get its number, and what libraries print would go into it.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free
+
+
 def open_console(stream: TextIO | None = None) -> None:
     """Send the logger's lines to `stream` (default: stdout) in place of any earlier console."""
     _remove(ConsoleHandler)

@@ -39,6 +39,8 @@ DEFAULT_RATE = 1e-6
 # The rates of these are factors on the one they find; a lower one is another optimizer's, left standing.
 FINDS_ITS_RATE = ("prodigy", "dadapt_adam", "dadapt_lion", "dadapt_sgd", "dadapt_adan")
 LOWEST_FACTOR = 1e-4
+# Bytes that each keeps for a weight, where that is a plain multiple; the others find out for themselves.
+MOMENT_BYTES = {"adamw": 8, "lion": 4, "adamw8bit": 2, "lion8bit": 1}
 
 
 def betas_of(optimizer: str) -> int:

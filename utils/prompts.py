@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,6 +112,11 @@ class SamplePlan:
         if self._path is not None and not self._path.exists():
             LOGGER.info("there is no %s, so samples are drawn of captions of the data", self._path)
 
+    @property
+    def any(self) -> bool:
+        """Whether there is anything to draw at all."""
+        return self._path is not None
+
     def due(self, update: int, *, finished: bool = False) -> bool:
         """Whether samples are due after `update`; 0 is before the first, and those of the `finished` run always are."""
         if self._path is None:
@@ -175,7 +181,7 @@ def check_samples(path: str | None) -> None:
 
 
 def _read_samples(path: Path, batch_size: int) -> tuple[SampleFile, tuple[SampleEntry, ...]]:
-    if not path.exists():
+    if not os.path.exists(path):  # noqa: PTH110  pathlib raises for a name that is too long
         return SampleFile(batch_size=batch_size), ()
     if path.suffix.lower() == ".json":
         return read_sample_json(path, batch_size)

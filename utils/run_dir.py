@@ -77,6 +77,11 @@ class RunDir:
         """The file by which a user steers the running job."""
         return self.folder / "control"
 
+    @property
+    def finished(self) -> Path:
+        """Says that the run was trained to its end and that all its files are written."""
+        return self.folder / "finished.json"
+
     @contextmanager
     def lock(self, patience_seconds: float = _LOCK_PATIENCE_SECONDS) -> Iterator[None]:
         """Keep every other run out of this folder while the block runs.

@@ -9,6 +9,7 @@ from utils.checkpoint import STATE, Checkpoint, is_checkpoint, prove, read_check
 from utils.config import Options
 from utils.errors import UserError, printable
 from utils.findlast import find_last
+from utils.run_dir import RunDir
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,10 +19,13 @@ class Start:
     Args:
         source: a model folder, file or hub id.
         resumed: the checkpoint whose run goes on exactly; `None` is a new run.
+        incomplete: the last checkpoint of a run that was trained to its end and then cut off, before all its files
+            were written; those come first, and nothing is trained.
     """
 
     source: str
     resumed: Checkpoint | None
+    incomplete: Checkpoint | None = None
 
     @property
     def run_folder(self) -> Path | None:
@@ -61,8 +65,16 @@ def _choose(source: str, checkpoint: Checkpoint | None, mode: str) -> Start:
             )
         return Start(source, None)
     folder = str(checkpoint.folder)
+    # Only findlast stands for "go on with what was going on"; who names a finished checkpoint wants its weights.
+    if source == "findlast" and mode != "weights" and _is_incomplete(checkpoint):
+        return Start(folder, None, incomplete=checkpoint)
     resumable = checkpoint.has_state and not checkpoint.record.finished and not checkpoint.record.ema
     if mode == "exact" and not resumable:
         why = "its run is finished" if checkpoint.record.finished else f"it holds no {STATE}"
         raise UserError(f"resume_mode = exact, but {printable(folder)} cannot go on: {why}; use resume_mode weights")
     return Start(folder, checkpoint if resumable and mode != "weights" else None)
+
+
+def _is_incomplete(checkpoint: Checkpoint) -> bool:
+    run = RunDir(checkpoint.folder.parent.parent)
+    return checkpoint.record.finished and checkpoint.has_state and not run.finished.exists()

@@ -20,6 +20,11 @@ Reason = Literal["interrupted", "terminated"]
 # Parents such as `make` or `accelerate launch` pass a Ctrl-C on that the terminal has sent to everybody already.
 ECHO_SECONDS = 0.2
 _ADVICE = b"\nStopping: the update in hand is finished, then everything is saved. Ctrl-C again stops at once.\n"
+_NOTHING = b"\nStopped: there was nothing to save yet.\n"
+
+
+class CutOff(BaseException):
+    """What only looks on, samples or a validation pass, is left because a stop is asked for."""
 
 
 class StopSignal:
@@ -28,9 +33,14 @@ class StopSignal:
     A second Ctrl-C ends the process and its children at once, with exit code 130; files are atomic, so nothing is
     harmed. Other handlers come back on leaving. Outside the main thread, where Python allows no handlers, only
     `request` works.
+
+    Args:
+        at_once: while there is nothing to save; then the first signal ends the process as the second Ctrl-C does. A
+            scan of a slow disk or a download must not be waited for.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, at_once: bool = False) -> None:
+        self.at_once = at_once
         self.requested: Reason | None = None
         self._interrupts = 0
         self._interrupted_at = 0.0
@@ -68,6 +78,10 @@ class StopSignal:
         # A forked worker inherits the handler until it has set its own.
         if os.getpid() != self._pid:
             return
+        if self.at_once:
+            with suppress(OSError):
+                os.write(2, _NOTHING)
+            stop_at_once(EXIT_TERMINATED if number == signal.SIGTERM else EXIT_INTERRUPTED)
         if number == signal.SIGTERM:
             # Schedulers send it to the process and again to its group; only a person at the keyboard hurries.
             self.request("terminated")

@@ -15,7 +15,7 @@ from starter.networks import TINY, build_networks
 from tests.optimizer.parts import losses, settings, small_network, small_part
 from utils.errors import UserError
 from utils.optimizer_file import Freezing
-from utils.optimizer_names import PARAMETERS
+from utils.optimizer_names import MOMENT_BYTES, PARAMETERS
 
 LAYERS = TINY.text_layers
 
@@ -171,3 +171,25 @@ def test_weights_in_bf16_step_in_groups_of_bounded_size(
     groups = [optimizer.param_groups[0]["params"] for optimizer in part.optimizers]
     assert [len(group) for group in groups] == sizes
     assert [id(p) for group in groups for p in group] == [id(p) for p in part.parameters.values()]
+
+
+@pytest.mark.parametrize("bf16_weights", [False, True])
+@pytest.mark.parametrize("name", sorted(MOMENT_BYTES))
+def test_the_moments_to_come_are_known_before_they_are_there(name: str, bf16_weights: bool) -> None:
+    part = build_part(
+        "unet",
+        nn.Linear(256, 256, bias=False),
+        settings({"optimizer": name, "lr": 1e-4}),
+        Freezing(),
+        total_updates=5,
+        device_type="cpu",
+        memory=Memory(bf16_weights=bf16_weights),
+    )
+    foreseen = part.coming_bytes()
+    updater = Updater([part], seed=0)
+    (weight,) = part.parameters.values()
+    weight.grad = torch.ones_like(weight)
+    updater.step(0)
+    tensors = [v for state in part.optimizers[0].state.values() for v in state.values() if isinstance(v, torch.Tensor)]
+    assert sum(tensor.nbytes for tensor in tensors) == pytest.approx(foreseen, rel=0.05)
+    assert part.coming_bytes() == 0

@@ -129,3 +129,17 @@ def test_a_full_disk_is_an_error_and_leaves_no_half_line(tmp_path: Path) -> None
     append_whole(tmp_path / "file", b"ab")
     append_whole(tmp_path / "file", b"cd")
     assert (tmp_path / "file").read_bytes() == b"abcd"
+
+
+def test_no_file_gets_the_number_of_a_closed_stream(tmp_path: Path) -> None:
+    """What a library prints would otherwise be written into it."""
+    body = (
+        "import os, sys\n"
+        "os.close(1); os.close(2); sys.stdout = sys.stderr = None\n"
+        "from utils.logs import occupy_standard_streams\n"
+        "occupy_standard_streams()\n"
+        f"number = os.open({str(tmp_path / 'checkpoint')!r}, os.O_CREAT | os.O_WRONLY)\n"
+        "os.write(1, b'out'); os.write(2, b'error'); os._exit(number)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", body], cwd=ROOT, check=False).returncode > 2
+    assert (tmp_path / "checkpoint").read_bytes() == b""

@@ -16,6 +16,7 @@ from utils.stopping import ECHO_SECONDS, StopSignal
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="sends POSIX signals")
 
+ROOT = Path(__file__).parent.parent.parent
 JOB = """
 import multiprocessing, os, sys, time
 from utils.stopping import StopSignal, ignore_in_worker, workers_start
@@ -143,3 +144,23 @@ def test_a_second_ctrl_c_ends_the_process_and_its_workers_at_once(script: Path) 
     assert time.monotonic() - started < 2
     assert all(map(gone, workers))
     job.stdout.close()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_with_nothing_to_save_the_first_signal_ends_the_process(number: int, code: int) -> None:
+    body = (
+        "import time\n"
+        "from utils.stopping import StopSignal\n"
+        "with StopSignal(at_once=True):\n"
+        "    print('ready', flush=True)\n"
+        "    time.sleep(60)\n"
+    )
+    job = subprocess.Popen(
+        [sys.executable, "-c", body], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert job.stdout is not None
+    assert job.stdout.readline() == "ready\n"
+    job.send_signal(number)
+    _, told = job.communicate(timeout=30)
+    assert job.returncode == code
+    assert "nothing to save" in told
