@@ -184,6 +184,9 @@ def the_run_starts_from_this_variant(lab: Lab) -> None:
     plain, variant = (vae_of(lab, resume_ckpt=str(folder), hub_variant=name) for name in (None, "fp16"))
     assert same(plain, dict(lab.models.vae.state_dict()))
     assert same(variant, vae_of(lab, resume_ckpt=str(other)))
+    # A checkpoint of ours has no variants: a chain that began with one goes on all the same.
+    begun = lab.run(max_steps=1, resume_ckpt=str(folder), hub_variant="fp16").last
+    vae_of(lab, resume_ckpt=str(begun), hub_variant="fp16")
 
 
 def single_file(lab: Lab) -> Path:

@@ -92,7 +92,7 @@ def load_start(start: Start, options: Options, state: Mapping[str, Any] | None) 
     """The models to start from: those of the saved state when a run goes on."""
     if state is not None:
         return build_models(read_model_files(Path(start.source)), state["networks"], start.source)
-    models = load_models(start.source, wanted_model(options))
+    models = load_models(start.source, wanted_model(options, start.source))
     if models.told:
         LOGGER.info("%s", models.told)
     return models

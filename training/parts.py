@@ -22,6 +22,7 @@ from optimizer.objective import Moments, Networks, Objective, build_objective, t
 from optimizer.probe import probe_losses
 from optimizer.settings import Settings
 from optimizer.update import Updater
+from utils.checkpoint import is_checkpoint
 from utils.config import Options
 from utils.device import Device
 from utils.errors import UserError
@@ -232,9 +233,12 @@ def losses_of_probe(models: Models, networks: Networks, objective: Objective, de
     )
 
 
-def wanted_model(options: Options) -> Wanted:
-    """What the options say of the model to start from."""
+def wanted_model(options: Options, source: str) -> Wanted:
+    """What the options say of the model `source` to start from."""
     model = options.model
+    if is_checkpoint(Path(source)):
+        # The other words describe the model that a chain of runs began with; checkpoints of ours have no variants.
+        return Wanted(prediction_type=model.prediction_type)
     return Wanted(
         variant=model.hub_variant,
         revision=model.hub_revision,

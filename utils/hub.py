@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 from utils.errors import TryLaterError, UserError, printable
 from utils.model_files import COMPONENTS, TOKENIZER_FILES, read_model_files
-from utils.weight_files import VARIANTS, WEIGHT_STEMS, weight_names
+from utils.weight_files import WEIGHT_STEMS, part_names, weight_names
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 TIMEOUT_SECONDS = 20
@@ -126,8 +126,11 @@ def _all_weights(names: Collection[str], variant: str | None) -> set[str]:
 
 
 def _weights(names: Collection[str], part: str, variant: str | None) -> list[str] | None:
-    here = {name.removeprefix(f"{part}/") for name in names if name.startswith(f"{part}/")}
-    return weight_names(here, WEIGHT_STEMS[part], variant)
+    return part_names(_inside(names, part), part, variant)
+
+
+def _inside(names: Collection[str], part: str) -> set[str]:
+    return {name.removeprefix(f"{part}/") for name in names if name.startswith(f"{part}/")}
 
 
 def _wanting(names: Collection[str], variant: str | None, weights: bool) -> str | None:
@@ -137,7 +140,12 @@ def _wanting(names: Collection[str], variant: str | None, weights: bool) -> str 
             return name
     for part in COMPONENTS if weights else ():
         if _weights(names, part, variant) is None:
-            return f"weights of {part}/" + (f" in variant {variant}" if variant is not None else "")
+            return f"weights of {part}/"
+    # Parts without the variant are taken as they are, but somewhere it must be.
+    if weights and variant is not None:
+        exact = (weight_names(_inside(names, part), WEIGHT_STEMS[part], variant) for part in COMPONENTS)
+        if not any(exact):
+            return f"weights of the variant {variant}"
     if "tokenizer/tokenizer.json" not in names and not {"tokenizer/vocab.json", "tokenizer/merges.txt"} <= set(names):
         return "tokenizer/vocab.json"
     return None
@@ -158,8 +166,8 @@ def _refuse(repository: str, names: Collection[str], wanting: str) -> NoReturn:
             f"{shown} is no Diffusers model (it has no {wanting}) but holds single files: "
             f"{', '.join(map(printable, singles[:5]))}; download one and name its path"
         )
-    found = [str(variant) for variant in VARIANTS[1:] if any(f".{variant}." in name for name in names)]
-    hint = f"; it has the variants {', '.join(found)}" if found else ""
+    found = {match[1] for name in names if (match := re.fullmatch(r"unet/[a-z_]+\.(\w+)\.(?:safetensors|bin)", name))}
+    hint = f"; it has the variants {', '.join(sorted(found))}" if found else ""
     raise UserError(f"{shown} is no complete Diffusers model: it has no {printable(wanting)}{hint}")
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from utils.errors import UserError, printable
 from utils.model_files import COMPONENTS, ModelFiles, mark_scheduler, read_model_files, read_tokenizer_files
-from utils.weight_files import folder_weights
+from utils.weight_files import folder_weights, has_variant
 from utils.weights import precision_word, require_file
 
 if TYPE_CHECKING:
@@ -98,8 +98,14 @@ def _read_folder(folder: Path, source: str, wanted: Wanted) -> Source:
         marked = mark_scheduler(files.scheduler, wanted.prediction_type, files.zero_terminal_snr)
         files, how = replace(files, scheduler=marked), "as you said"
     weights = {part: folder_weights(folder / part, part, wanted.variant) for part in COMPONENTS}
+    if wanted.variant is not None and not any(has_variant(folder / part, part, wanted.variant) for part in COMPONENTS):
+        raise UserError(f"{printable(source)} holds no weights of the variant {printable(wanted.variant)}")
     precision = next(map(precision_word, weights["unet"].values()), "empty")
-    return Source(source, files, lambda _: weights, f"{printable(source)}: {files.summary(how, precision)}")
+    told = f"{printable(source)}: {files.summary(how, precision)}"
+    unused = ["model_ema"] * wanted.ema + ["model_config"] * (wanted.model_config is not None)
+    if unused:
+        told += f"; {' and '.join(unused)} are for single files and change nothing here"
+    return Source(source, files, lambda _: weights, told)
 
 
 def _read_single(path: Path, wanted: Wanted, tokenizer: bool) -> Source:

@@ -31,18 +31,28 @@ def folder_weights(folder: Path, part: str, variant: str | None) -> dict[str, Te
     Args:
         folder: the part's folder, such as `model/unet`.
         part: "unet", "text_encoder" or "vae".
-        variant: such as "fp16"; `None` takes plain names, and a half-precision variant only when there is nothing else.
+        variant: such as "fp16"; a part that has no such variant is taken as it is. `None` takes plain names, and a
+            half-precision variant only when there is nothing else.
     """
-    stems = WEIGHT_STEMS[part]
-    names = weight_names({path.name for path in folder.iterdir()}, stems, variant)
+    names = part_names({path.name for path in folder.iterdir()}, part, variant)
     if names is None:
-        wanted = f" of the variant {printable(variant)}" if variant is not None else ""
-        raise UserError(
-            f"{printable(folder)} holds no complete weights{wanted} ({stems[0]}.safetensors or {stems[-1]}.bin)"
-        )
+        stems = WEIGHT_STEMS[part]
+        raise UserError(f"{printable(folder)} holds no complete weights ({stems[0]}.safetensors or {stems[-1]}.bin)")
     if names[0].endswith(".json"):
         names = _shards(folder / names[0])
     return _read_all([folder / name for name in names])
+
+
+def has_variant(folder: Path, part: str, variant: str) -> bool:
+    """Whether the part's folder `folder` has weights of this variant."""
+    return weight_names({path.name for path in folder.iterdir()}, WEIGHT_STEMS[part], variant) is not None
+
+
+def part_names(names: Collection[str], part: str, variant: str | None) -> list[str] | None:
+    """Which of the files `names` of a part hold its weights, in `variant` where there is one; `None` for none."""
+    stems = WEIGHT_STEMS[part]
+    found = weight_names(names, stems, variant)
+    return found if found is not None or variant is None else weight_names(names, stems, None)
 
 
 def weight_names(names: Collection[str], stems: tuple[str, ...], variant: str | None) -> list[str] | None:

