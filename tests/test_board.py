@@ -17,7 +17,8 @@ def test_every_page(tmp_path: Path) -> None:
     tracker = Tracker(tmp_path / "run")
     tracker.layout(charts(["val", "a (new) set"]))
     tracker.text("config", "caption <img src=http://127.0.0.1:9/x.png> *stars*")
-    tracker.hparams({"lr": 1e-6, "batch_size": 4})
+    others = {"clip_grad_norm": 1, "clip_skip": 0, "cond_dropout": 0, "flip_p": 0, "grad_accum": 1}
+    tracker.hparams({"lr": 1e-6, "batch_size": 4, **others})
     for update in range(10, 60, 10):
         tracker.scalars(
             update,
@@ -39,4 +40,4 @@ def test_every_page(tmp_path: Path) -> None:
         browser.wait_for("sample_000_a_cat")
         assert [96, 40] in browser.pictures()
         browser.open(address + "#hparams")
-        assert "batch_size" in browser.wait_for("lr")
+        assert "1.0000e-6" in browser.wait_for("batch_size"), "the rate is among the columns that are shown"

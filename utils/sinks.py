@@ -24,6 +24,7 @@ LONGEST_WAIT_SECONDS = 1000.0
 PICTURE_SIDE = 1536
 PICTURE_BYTES = 200 * 2**10
 PICTURE_BUDGET = 256 * 2**20
+SHOWN_OPTIONS = 5
 
 
 class Sink(Protocol):
@@ -121,14 +122,21 @@ class EventSink:
         self._summary(custom_scalars(layout), 0)
 
     def hparams(self, options: Mapping[str, Any], metrics: Sequence[str]) -> None:
-        """The options for the tab "HParams"; what is neither number nor text is shown as JSON."""
+        """The options for the tab "HParams", the first ones in front; what is neither number nor text is JSON."""
+        from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
         from torch.utils.tensorboard.summary import hparams
 
         known = {
             name: value if isinstance(value, float | str) or type(value) is int else json.dumps(value)
             for name, value in options.items()
         }
-        for summary in hparams(known, dict.fromkeys(metrics, 0.0)):
+        experiment, *session = hparams(known, dict.fromkeys(metrics, 0.0))
+        content = HParamsPluginData.FromString(experiment.value[0].metadata.plugin_data.content)
+        for info in content.experiment.hparam_infos:
+            # The table opens with the first five columns: those that differ, then by the alphabet.
+            info.differs = info.name in list(known)[:SHOWN_OPTIONS]
+        experiment.value[0].metadata.plugin_data.content = content.SerializeToString()
+        for summary in (experiment, *session):
             self._summary(summary, 0)
 
     def close(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import stat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,8 @@ MAX_TENSORS = 20_000
 def require_file(path: Path, max_bytes: int | None = None) -> int:
     """The size of the regular file `path` in bytes.
 
-    Raises `UserError` when it is not there, is no regular file (a pipe would hang the reader) or is over `max_bytes`.
+    Raises `UserError` when it is not there, may not be read, is no regular file (a pipe would hang the reader) or is
+    over `max_bytes`.
     """
     name = printable(path)
     try:
@@ -28,6 +30,8 @@ def require_file(path: Path, max_bytes: int | None = None) -> int:
         raise UserError(f"{name} cannot be read: {error.strerror}") from None
     if not stat.S_ISREG(status.st_mode):
         raise UserError(f"{name} is not a regular file")
+    if not os.access(path, os.R_OK):
+        raise UserError(f"{name} cannot be read: it belongs to another user; change its permissions")
     if max_bytes is not None and status.st_size > max_bytes:
         raise UserError(f"{name} has {status.st_size} bytes; more than {max_bytes} are not sensible for such a file")
     return status.st_size

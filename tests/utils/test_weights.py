@@ -103,6 +103,14 @@ def test_a_pipe_does_not_hang_the_reader(ending: str, tmp_path: Path) -> None:
         read_weights(path)
 
 
+def test_a_file_of_another_user_is_said_to_be_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(save(TENSORS))
+    monkeypatch.setattr(os, "access", lambda *_: False)  # the superuser may read everything
+    with pytest.raises(UserError, match="belongs to another user"):
+        read_weights(path)
+
+
 def test_an_index_cannot_point_elsewhere(tmp_path: Path) -> None:
     part = tmp_path / "unet"
     part.mkdir()
