@@ -40,4 +40,4 @@ def test_every_page(tmp_path: Path) -> None:
         browser.wait_for("sample_000_a_cat")
         assert [96, 40] in browser.pictures()
         browser.open(address + "#hparams")
-        assert "1.0000e-6" in browser.wait_for("batch_size"), "the rate is among the columns that are shown"
+        assert "0.0000010000" in browser.wait_for("Show Metrics"), "the rate is among the columns that are shown"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 import training.between
 import training.loop
 import training.rehearsal
+from data.batches import Batch
 from optimizer.update import Updater
 from tests.jobs import World, final_state, make_world, run_folder, run_job
 from training.session import Session
@@ -132,6 +134,35 @@ def test_memory_that_ends_in_the_step_is_told_in_words(
     assert "gradient_checkpointing" in told
     (saved,) = (run_folder(tmp_path) / "ckpts").iterdir()
     assert saved.name.startswith("errored-"), "weights may have stepped in part"
+
+
+def test_workers_that_fail_while_stopping_are_the_stop(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    original = training.loop.take
+
+    def broken(session: Session, batches: Iterator[Batch]) -> Batch:
+        if session.progress.update < 1:
+            return original(session, batches)
+        session.stop.request("terminated")
+        # The first micro-batch of the update is there, the second will never come.
+        failing = (next(batches) if number == 0 else _lost() for number in range(2))
+        monkeypatch.setattr(training.loop, "take", lambda session, _: original(session, failing))
+        return original(session, failing)
+
+    monkeypatch.setattr(training.loop, "take", broken)
+    assert run_job(world, tmp_path / "cut", sample_prompts="none", max_epochs=1) == 143
+    assert "for no more batches come: the workers are gone" in capsys.readouterr().out
+    (saved,) = (run_folder(tmp_path / "cut") / "ckpts").iterdir()
+    assert saved.name == "interrupted-job-ep00-gs00001"
+    monkeypatch.setattr(training.loop, "take", original)
+    assert run_job(world, tmp_path / "cut", sample_prompts="none", max_epochs=1, resume_ckpt="findlast") == 0
+    assert run_job(world, tmp_path / "whole", sample_prompts="none", max_epochs=1) == 0
+    assert same_tree(final_state(tmp_path / "cut"), final_state(tmp_path / "whole"))
+
+
+def _lost() -> Batch:
+    raise RuntimeError("the workers are gone")
 
 
 def test_a_stop_leaves_samples_and_validation_to_the_next_start(

@@ -12,6 +12,8 @@ from training.between import after_epoch, after_update, before_epoch, before_fir
 from training.memory import learn_from_shortage, pieces
 from training.session import Session
 from training.step import Pass, forward_backward
+from utils.logs import LOGGER
+from utils.stopping import CutOff
 
 
 def train(session: Session) -> None:
@@ -19,8 +21,12 @@ def train(session: Session) -> None:
     before_first_update(session)
     # From here on there is something to save.
     session.stop.at_once = False
-    while not session.finished and not session.stop:
-        train_epoch(session)
+    try:
+        while not session.finished and not session.stop:
+            train_epoch(session)
+    except CutOff:
+        # The update in hand is as if it had never begun.
+        session.updater.discard()
     if session.progress.update_in_epoch > 0:
         write_tables(session)
 
@@ -78,7 +84,7 @@ def accumulate(session: Session, update: Update, batches: Iterator[Batch]) -> li
         try:
             for number in range(len(update.micro_batches)):
                 if number == len(taken):
-                    taken.append(next(batches))
+                    taken.append(take(session, batches))
                 last_batch = number + 1 == len(update.micro_batches)
                 for piece, last_piece in pieces(session, taken[number]):
                     passes.append(forward_backward(session, piece, update.images, last=last_batch and last_piece))
@@ -88,6 +94,21 @@ def accumulate(session: Session, update: Update, batches: Iterator[Batch]) -> li
                 raise
             learn_from_shortage(session, taken[-1] if number + 1 == len(taken) else taken[number])
             session.updater.discard()
+
+
+def take(session: Session, batches: Iterator[Batch]) -> Batch:
+    """The next batch. An error of the workers that comes while the run is stopping is the stop, and no failure.
+
+    Raises:
+        CutOff: in its place.
+    """
+    try:
+        return next(batches)
+    except Exception as error:
+        if not session.stop:
+            raise
+        LOGGER.info("the update in hand is left, for no more batches come: %s", str(error))
+        raise CutOff from error
 
 
 def note(session: Session, number: int, passes: list[Pass]) -> None:

@@ -17,6 +17,9 @@ from utils.errors import EXIT_INTERRUPTED, EXIT_TERMINATED
 
 Reason = Literal["interrupted", "terminated"]
 
+_HANG_UP = tuple(getattr(signal, name) for name in ("SIGHUP",) if hasattr(signal, name))  # not on Windows
+_TERMINATING = (signal.SIGTERM, *_HANG_UP)
+
 # Parents such as `make` or `accelerate launch` pass a Ctrl-C on that the terminal has sent to everybody already.
 ECHO_SECONDS = 0.2
 _ADVICE = b"\nStopping: the update in hand is finished, then everything is saved. Ctrl-C again stops at once.\n"
@@ -24,11 +27,13 @@ _NOTHING = b"\nStopped: there was nothing to save yet.\n"
 
 
 class CutOff(BaseException):
-    """What only looks on, samples or a validation pass, is left because a stop is asked for."""
+    """What is under way, a sample or an update that cannot go on, is left because a stop is asked for."""
 
 
 class StopSignal:
-    """While entered, the first SIGINT or SIGTERM (Windows: also Ctrl-Break) only sets `requested`.
+    """While entered, the first SIGINT, SIGTERM or SIGHUP (Windows: also Ctrl-Break) only sets `requested`.
+
+    SIGHUP comes when the terminal is closed; a run that was started with nohup is deaf to it and stays so.
 
     A second Ctrl-C ends the process and its children at once, with exit code 130; files are atomic, so nothing is
     harmed. Other handlers come back on leaving. Outside the main thread, where Python allows no handlers, only
@@ -65,7 +70,8 @@ class StopSignal:
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
             for number in _stop_signals():
-                self._before[number] = signal.signal(number, self._handle)
+                if not (number in _HANG_UP and signal.getsignal(number) == signal.SIG_IGN):
+                    self._before[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -81,8 +87,8 @@ class StopSignal:
         if self.at_once:
             with suppress(OSError):
                 os.write(2, _NOTHING)
-            stop_at_once(EXIT_TERMINATED if number == signal.SIGTERM else EXIT_INTERRUPTED)
-        if number == signal.SIGTERM:
+            stop_at_once(EXIT_TERMINATED if number in _TERMINATING else EXIT_INTERRUPTED)
+        if number in _TERMINATING:
             # Schedulers send it to the process and again to its group; only a person at the keyboard hurries.
             self.request("terminated")
             return
@@ -106,14 +112,14 @@ def stop_at_once(exit_code: int = EXIT_INTERRUPTED) -> None:
 
 
 def _stop_signals() -> list[signal.Signals]:
-    numbers = [signal.SIGINT, signal.SIGTERM]
+    numbers = [signal.SIGINT, *_TERMINATING]
     if hasattr(signal, "SIGBREAK"):
         numbers.append(signal.SIGBREAK)
     return numbers
 
 
 def ignore_in_worker(_worker_id: int = 0) -> None:
-    """Make this worker process deaf to SIGINT and SIGTERM, which are the main process's to answer (`worker_init_fn`).
+    """Make this worker process deaf to what stops a run, which is the main process's to answer (`worker_init_fn`).
 
     A terminal and a scheduler signal the whole group; workers that die first would take the update in hand with them.
     """

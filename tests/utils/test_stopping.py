@@ -48,7 +48,12 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize(
-    ("number", "reason", "code"), [(signal.SIGINT, "interrupted", 130), (signal.SIGTERM, "terminated", 143)]
+    ("number", "reason", "code"),
+    [
+        (signal.SIGINT, "interrupted", 130),
+        (signal.SIGTERM, "terminated", 143),
+        (signal.SIGHUP, "terminated", 143),
+    ],
 )
 def test_the_first_signal_sets_a_flag_and_handlers_come_back(number: int, reason: str, code: int) -> None:
     before = signal.getsignal(number)
@@ -60,6 +65,17 @@ def test_the_first_signal_sets_a_flag_and_handlers_come_back(number: int, reason
         assert stop.requested == reason
         assert stop.exit_code == code
     assert signal.getsignal(number) is before
+
+
+def test_nohup_stays_in_force() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignal() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_sigterm_twice_and_an_echoed_ctrl_c_still_wait_for_the_save() -> None:
