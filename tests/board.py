@@ -128,6 +128,13 @@ class Browser:
             time.sleep(0.3)
         return text
 
+    def wait_for_picture(self, width: int, height: int, seconds: float = 40) -> None:
+        """Come back when a picture of this size has loaded."""
+        until = time.monotonic() + seconds
+        while [width, height] not in (found := self.pictures()):
+            assert time.monotonic() < until, f"no picture of {width} x {height} in {found}"
+            time.sleep(0.3)
+
     def photograph(self, path: Path) -> None:
         """Write a PNG of the page, in as few colours as it needs to look right."""
         data = base64.b64decode(self._call("GET", f"{self._session}/screenshot", None))
