@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
+from data.checks import find_duplicates
 from data.item import Item
 from data.validation_file import STABILIZED, VALIDATION, ValidationFile
 from utils.seeding import stream_seed
@@ -61,7 +63,23 @@ def arrange(
     for watched in sets:
         if not watched.items:
             notes.append(f"validation: the set {watched.name} has no images and is left out")
+        elif not watched.trained and (same := _also_trained(watched.items, training)):
+            notes.append(
+                f"validation: {same} of {len(watched.items)} images of the set {watched.name} are trained as well, so "
+                f"loss/{watched.name} tells how well they are remembered; take them out of one of the two folders"
+            )
     return Arrangement(training, tuple(watched for watched in sets if watched.items), tuple(notes))
+
+
+def _also_trained(items: Sequence[Item], training: Sequence[Item]) -> int:
+    """How many of `items` are the same file as one of `training`, or hold the same bytes."""
+    trained = {item.path for item in training}
+    same = set(trained)
+    with suppress(OSError):  # decoding will name the file and the reason
+        for group in find_duplicates([*training, *items]):
+            paths = {item.path for item in group}
+            same |= paths if paths & trained else set()
+    return sum(item.path in same for item in items)
 
 
 def hold_out(

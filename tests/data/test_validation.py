@@ -111,6 +111,19 @@ def test_arrangement_of_every_kind() -> None:
     assert found.sets[0].trained
 
 
+def test_watched_images_that_are_trained_as_well_are_told(tmp_path: Path) -> None:
+    for name in ("a.jpg", "b.jpg", "copy.jpg", "other.jpg"):
+        (tmp_path / name).write_bytes(b"1" if name in ("a.jpg", "copy.jpg") else name.encode())
+    trained = [item("a.jpg", tmp_path), item("b.jpg", tmp_path)]
+    folder = [item(name, tmp_path) for name in ("b.jpg", "copy.jpg", "other.jpg")]
+    manual = ValidationFile(val_split_mode="manual", manual_data_root="x")
+    (note,) = arrange(manual, trained, lambda _: folder).notes
+    assert "2 of 3 images of the set val are trained as well" in note
+    assert arrange(manual, trained, lambda _: folder[2:]).notes == ()
+    stable = ValidationFile(val_split_mode="none", stabilize_training_loss=True, stabilize_split_proportion=1)
+    assert arrange(stable, trained, lambda _: folder).notes == (), "these are meant to be"
+
+
 def write(tmp_path: Path, value: Any) -> Path:
     path = tmp_path / "validation.json"
     path.write_text(json.dumps(value), encoding="utf-8")

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import os
 import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from statistics import median
 
 import pytest
 import torch
@@ -18,18 +22,24 @@ from safetensors.torch import save_file
 from starter.tokenizer import write_tokenizer
 from tests.utils.tiny_models import tensors_of
 from utils import export
+from utils.archive import Archive
+from utils.checkpoint import Progress
+from utils.config import SaveOptions
 from utils.convert import convert
 from utils.keymap import disk_name
 from utils.model_files import ModelFiles
-from utils.models import describe, empty_networks, load_models
+from utils.models import Models, describe, empty_networks, load_models
 from utils.presets import preset
+from utils.run_dir import RunDir
 from utils.seeding import tensor_stream
 from utils.source import Wanted
 from utils.tensor_writer import Piece, write_tensors
 from utils.weights import read_safetensors
+from utils.writer import CheckpointWriter
 
 pytestmark = pytest.mark.slow
 GIB = 1 << 30
+PAIRS = 7
 
 
 @pytest.fixture
@@ -116,6 +126,9 @@ def seconds_of(work: Callable[[], object]) -> float:
 
 def peak_of(work: Callable[[], object]) -> int:
     """How many bytes of memory `work` added at its highest; the watching slows it, so it is not timed."""
+    gc.collect()
+    with suppress(AttributeError, OSError):  # only glibc keeps freed memory, and only it can be asked to let go
+        ctypes.CDLL(None).malloc_trim(0)
     before, peak, done = resident_bytes(), 0, threading.Event()
 
     def watch() -> None:
@@ -131,38 +144,88 @@ def peak_of(work: Callable[[], object]) -> int:
     return max(0, peak - before)
 
 
-def test_a_save_of_a_full_size_model_is_quick_and_lean(room: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    models = load_models(full_size_folder(room / "folder", "sd1"))
-    shutil.rmtree(room / "folder")
-    weights, files = tensors_of(models), describe(models)
+@pytest.fixture(scope="module")
+def live(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    """A full-size SD 1.5 of random weights in memory, its folder gone."""
+    home = tmp_path_factory.mktemp("live")
+    models = load_models(full_size_folder(home / "folder", "sd1"))
+    shutil.rmtree(home)
+    return models
+
+
+def model_bytes(models: Models) -> int:
+    return sum(t.numel() * 4 for tensors in tensors_of(models).values() for t in tensors.values())
+
+
+def test_a_single_file_is_written_quickly_and_without_a_copy(
+    live: Models, room: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights, files = tensors_of(live), describe(live)
     flat = {f"{part}.{name}": tensor for part, tensors in weights.items() for name, tensor in tensors.items()}
-    model_bytes = sum(tensor.numel() * 4 for tensor in flat.values())
     path, theirs = room / "ours.safetensors", room / "theirs.safetensors"
     lines, ratios = [], []
     for dtype in (torch.float16, torch.float32):
-        ours_seconds, cast_seconds, theirs_seconds = [], [], []
-        for _ in range(3):
-            start = time.perf_counter()
-            ready = {name: tensor.to(dtype) for name, tensor in flat.items()}
-            cast_seconds.append(time.perf_counter() - start)
-            theirs.unlink(missing_ok=True)
-            theirs_seconds.append(seconds_of(partial(save_file, ready, theirs)))
-            del ready
+        writing = partial(export.write_single_file, path, weights, files, dtype=dtype)
+
+        def cast_and_save(dtype: torch.dtype = dtype) -> None:
+            save_file({name: tensor.to(dtype) for name, tensor in flat.items()}, theirs)
+
+        def ours_seconds(writing: Callable[[], object] = writing) -> float:
             path.unlink(missing_ok=True)
-            writing = partial(export.write_single_file, path, weights, files, dtype=dtype)
-            ours_seconds.append(seconds_of(writing))
+            return seconds_of(writing)
+
+        def theirs_seconds(work: Callable[[], object] = cast_and_save) -> float:
+            theirs.unlink(missing_ok=True)
+            return seconds_of(work)
+
+        ours_seconds(), theirs_seconds()  # the first ones find their room in the page cache
+        # Taking turns at being first: whoever else uses the machine disturbs both alike.
+        pairs = []
+        for number in range(PAIRS):
+            first, second = (ours_seconds, theirs_seconds) if number % 2 else (theirs_seconds, ours_seconds)
+            one, other = first(), second()
+            pairs.append((one, other) if number % 2 else (other, one))
+        ours, save = (median(column) for column in zip(*pairs, strict=True))
         proving = partial(export.check_single_file, path, weights, files, dtype)
         checking, check_peak, peak = seconds_of(proving), peak_of(proving), peak_of(writing)
-        ours, cast, save = map(min, (ours_seconds, cast_seconds, theirs_seconds))  # the least disturbed
         size = path.stat().st_size / 1e9
+        ratios.append(median(one / other for one, other in pairs))
         lines.append(
-            f"{dtype}: {size:.2f} GB in {ours:.2f} s ({size / ours:.2f} GB/s); casting all {cast:.2f} s and "
-            f"safetensors.torch.save_file {save:.2f} s: ratio {ours / (cast + save):.2f}, of save_file alone "
-            f"{ours / save:.2f}; peak +{peak / GIB:.2f} GiB; read back, compared and hashed in {checking:.2f} s, "
-            f"peak +{check_peak / GIB:.2f} GiB"
+            f"{dtype}: {size:.2f} GB in {ours:.2f} s ({size / ours:.2f} GB/s); cast and safetensors.torch.save_file "
+            f"{save:.2f} s; ratio {ratios[-1]:.2f} ({', '.join(f'{one / other:.2f}' for one, other in pairs)}); peak "
+            f"+{peak / GIB:.2f} GiB; read back, compared, hashed in {checking:.2f} s, peak +{check_peak / GIB:.2f} GiB"
         )
-        ratios.append(ours / (cast + save))
-        assert max(peak, check_peak) <= model_bytes + GIB
+        assert max(peak, check_peak) <= GIB
     with capsys.disabled():
         print("", *lines, sep="\n")
     assert max(ratios) <= 1.3
+
+
+def test_a_checkpoint_takes_one_copy_of_the_model(live: Models, room: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Training state, Diffusers folder and single file, from the copy that lets the training go on."""
+    run = RunDir(room / "run-20260101-000000")
+    options = SaveOptions(save_ckpt_dir=str(room / "files"))
+    run.ckpts.mkdir(parents=True)
+    archive = Archive(run, "full", 1, describe(live), options, {"resolution": 512}, {})
+    saves = archive.saves(Progress(update=1, epoch=0, update_in_epoch=1, images=1))
+    state = {"networks": tensors_of(live), "answers": {}}
+    results = []
+
+    def work() -> None:
+        with CheckpointWriter(run.ckpts) as writer:
+            writer.save(state, saves)
+            results.extend(writer.close())
+
+    peak = peak_of(work)
+    (result,) = results
+    assert result.error is None
+    assert result.folder is not None
+    written = sum(path.stat().st_size for path in room.rglob("*") if path.is_file()) / 1e9
+    size = model_bytes(live)
+    with capsys.disabled():
+        print(
+            f"\na whole checkpoint: training waits {result.wait_seconds:.2f} s, {written:.2f} GB written, synced, read "
+            f"back and compared in {result.write_seconds:.2f} s; peak +{peak / GIB:.2f} GiB, the model {size / GIB:.2f}"
+        )
+    assert peak <= size + GIB
+    assert load_models(result.folder).kind == "sd1"
