@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 from data.checks import find_duplicates
 from data.item import Item
@@ -60,10 +61,12 @@ def arrange(
     if file.stabilize_training_loss:
         _, part = hold_out(training, file.stabilize_split_proportion, file.seed, duplicates, least_left=0)
         sets.append(WatchedSet(STABILIZED, part, trained=True))
+    # What was held out here has been kept apart from its copies already.
+    folders = {*(file.extra_manual_datasets or {}), *([VALIDATION] if file.val_split_mode == "manual" else [])}
     for watched in sets:
         if not watched.items:
             notes.append(f"validation: the set {watched.name} has no images and is left out")
-        elif not watched.trained and (same := _also_trained(watched.items, training)):
+        elif watched.name in folders and (same := _also_trained(watched.items, training)):
             notes.append(
                 f"validation: {same} of {len(watched.items)} images of the set {watched.name} are trained as well, so "
                 f"loss/{watched.name} tells how well they are remembered; take them out of one of the two folders"
@@ -76,7 +79,9 @@ def _also_trained(items: Sequence[Item], training: Sequence[Item]) -> int:
     trained = {item.path for item in training}
     same = set(trained)
     with suppress(OSError):  # decoding will name the file and the reason
-        for group in find_duplicates([*training, *items]):
+        sizes = {Path(item.path).stat().st_size for item in items}
+        alike = [item for item in training if Path(item.path).stat().st_size in sizes]
+        for group in find_duplicates([*alike, *items]):
             paths = {item.path for item in group}
             same |= paths if paths & trained else set()
     return sum(item.path in same for item in items)
