@@ -120,8 +120,8 @@ class Ledger:
                     f"{_shrunk(account):+.3f}",
                     str(account.visits),
                     f"{account.loss:.5f}",
-                    printable(id),
-                    printable(captions.get(id, "")),
+                    _cell(id),
+                    _cell(captions.get(id, "")),
                 )
             )
         write_text(folder / BY_IMAGE, _csv(images))
@@ -140,7 +140,7 @@ class Ledger:
         rows.sort(key=lambda row: (-row[0], row[1]))
         return [
             ("score", "images", "visits", "mean loss", "folder"),
-            *((f"{s:+.3f}", str(n), str(v), f"{loss:.5f}", printable(name)) for s, name, n, v, loss in rows),
+            *((f"{s:+.3f}", str(n), str(v), f"{loss:.5f}", _cell(name)) for s, name, n, v, loss in rows),
         ]
 
     def state(self) -> dict[str, Any]:
@@ -161,6 +161,12 @@ class Ledger:
 
 def _shrunk(account: Account) -> float:
     return account.surprise * account.visits / (account.visits + 2)
+
+
+def _cell(text: str) -> str:
+    """`text` that a spreadsheet takes for text: captions come from strangers, and `=` begins a formula."""
+    shown = printable(text)
+    return f"'{shown}" if shown.startswith(("=", "+", "-", "@")) else shown
 
 
 def _csv(rows: Sequence[Sequence[str]]) -> str:

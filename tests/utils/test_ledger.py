@@ -116,3 +116,12 @@ def test_the_state_goes_on_as_if_nothing_had_been() -> None:
     for ledger in (whole, second):
         fill(ledger, HARD, epochs=3)
     assert whole.state() == second.state()
+
+
+def test_captions_are_no_formulas(tmp_path: Path) -> None:
+    ledger = Ledger()
+    ledger.add(["=a/1.jpg", "b/-2.jpg"], torch.tensor([1.0, 2.0]), torch.tensor([1, 2]))
+    ledger.write(tmp_path, {"=a/1.jpg": '=HYPERLINK("http://x")', "b/-2.jpg": "a cat, 3 - 1 = 2"})
+    rows = {row["image"]: row["caption"] for row in csv.DictReader((tmp_path / BY_IMAGE).open(encoding="utf-8"))}
+    assert rows == {"'=a/1.jpg": '\'=HYPERLINK("http://x")', "b/-2.jpg": "a cat, 3 - 1 = 2"}
+    assert "'=a" in (tmp_path / BY_FOLDER).read_text(encoding="utf-8")
