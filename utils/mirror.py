@@ -91,7 +91,8 @@ class WandbSink:
 
     def hparams(self, options: Mapping[str, Any], metrics: Sequence[str]) -> None:
         """The options become the run's config."""
-        self._run.config.update(dict(options), allow_val_change=True)
+        given = {name: value for name, value in options.items() if value is not None}
+        self._run.config.update(given, allow_val_change=True)
 
     def close(self) -> None:
         """Send what is left."""

@@ -46,7 +46,7 @@ class Sink(Protocol):
         """Take groups of charts, each with the tags (or patterns of tags) it draws."""
 
     def hparams(self, options: Mapping[str, Any], metrics: Sequence[str]) -> None:
-        """Take the options to compare runs by, and the tags to judge them by."""
+        """Take the options to compare runs by (`None`: not given), and the tags to judge them by."""
 
     def close(self) -> None:
         """Nothing comes any more."""
@@ -123,18 +123,23 @@ class EventSink:
 
     def hparams(self, options: Mapping[str, Any], metrics: Sequence[str]) -> None:
         """The options for the tab "HParams", the first ones in front; what is neither number nor text is JSON."""
+        from tensorboard.plugins.hparams.api_pb2 import DataType
         from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
         from torch.utils.tensorboard.summary import hparams
 
         known = {
             name: value if isinstance(value, float | str) or type(value) is int else json.dumps(value)
             for name, value in options.items()
+            if value is not None
         }
         experiment, *session = hparams(known, dict.fromkeys(metrics, 0.0))
         content = HParamsPluginData.FromString(experiment.value[0].metadata.plugin_data.content)
         for info in content.experiment.hparam_infos:
             # The table opens with the first five columns: those that differ, then by the alphabet.
             info.differs = info.name in list(known)[:SHOWN_OPTIONS]
+        for name in options.keys() - known.keys():
+            # The columns of one run are those of all; what this one leaves out, numbers all, another may give.
+            content.experiment.hparam_infos.add(name=name, type=DataType.Value("DATA_TYPE_FLOAT64"))
         experiment.value[0].metadata.plugin_data.content = content.SerializeToString()
         for summary in (experiment, *session):
             self._summary(summary, 0)

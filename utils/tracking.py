@@ -117,7 +117,7 @@ class Tracker:
 
     def hparams(self, options: Mapping[str, Any], metrics: Sequence[str] = ("loss/epoch", "loss/val")) -> None:
         """Report those of `options` by which runs are compared, and the tags by which they are judged."""
-        compared = {name: options[name] for name in COMPARED if options.get(name) is not None}
+        compared = {name: options[name] for name in COMPARED if name in options}
         self._tell("hparams", compared, list(metrics))
 
     def close(self) -> None:

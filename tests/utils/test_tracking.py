@@ -104,6 +104,7 @@ def test_charts_histogram_and_hparams_can_be_read(tmp_path: Path) -> None:
     contents = seen.PluginTagToContent("hparams")
     experiment = metadata.parse_experiment_plugin_data(contents[metadata.EXPERIMENT_TAG])
     assert {info.name for info in experiment.hparam_infos if info.differs} == {"lr", "lr_scheduler", "shuffle_tags"}
+    assert "flip_p" in {info.name for info in experiment.hparam_infos}, "a column for runs that give it"
     start = metadata.parse_session_start_info_plugin_data(contents[metadata.SESSION_START_INFO_TAG])
     assert start.hparams["lr"].number_value == 1e-6
     assert start.hparams["lr_scheduler"].string_value == "cosine"
