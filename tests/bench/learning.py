@@ -25,6 +25,7 @@ from starter.make_pictures import TAUGHT
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "starter" / "train.json"
 MODEL = ROOT / "starter" / "model"
+ENOUGH = 0.9
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,15 +124,17 @@ def speed(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for seed in options.seeds:
         run = taught(options.out, seed)
         questions = new_questions(options.count, seen=TAUGHT)
-        curve = []
+        curve: list[dict[str, float]] = []
         for checkpoint in sorted((run.folder / "ckpts").glob("*-gs*"), key=update_of):
             right = examine(open_pipeline(checkpoint), questions).right
             curve.append({"update": update_of(checkpoint), "new": right})
-        reached = [point["update"] for point in curve if point["new"] >= 0.9]
-        share = reached[0] / curve[-1]["update"] if reached else None
+            if right >= ENOUGH:
+                break
+        reached = curve[-1]["update"] if curve[-1]["new"] >= ENOUGH else None
+        share = None if reached is None else reached / update_of(run.checkpoint)
         yield {
             "seed": seed,
-            "updates_to_90": reached[0] if reached else None,
+            "updates_to_90": reached,
             "seconds_to_90": None if share is None else round(share * run.seconds, 1),
             "curve": curve,
         }
