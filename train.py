@@ -159,7 +159,6 @@ def finish(session: Session) -> int:
     report_saves(session, session.writer.close())
     results = session.save(kind, wait=True)
     saved = results[-1]
-    complete = mark_finished(session.run, saved.record, results) if session.finished else saved.folder is not None
     paths: dict[str, object] = {"run folder": session.run.folder}
     if saved.folder is not None:
         paths["checkpoint"] = saved.folder
@@ -179,6 +178,9 @@ def finish(session: Session) -> int:
             paths=paths,
         )
     )
+    # As late as can be: what is killed before this is taken up again, what is killed after it has nothing left to do.
+    session.tracker.close()
+    complete = mark_finished(session.run, saved.record, results) if session.finished else saved.folder is not None
     if not complete:
         return EXIT_TRY_LATER
     return session.stop.exit_code if not session.finished and session.stop.exit_code is not None else EXIT_DONE

@@ -56,9 +56,11 @@ class Jobs:
         """The command line of the next job of a chain: it goes on if there is something to go on from."""
         from tests.jobs import arguments
 
-        found = find_last(logdir, PROJECT)
-        source = self._world.model if found is None else "findlast"
-        given = {**self._options, "resume_ckpt": source, "save_ckpt_dir": logdir / FILES, **options}
+        goes_on = {"resume_ckpt": self._world.model}
+        if find_last(logdir, PROJECT) is not None:
+            # As docs/reliability.md advises: a job that is killed when all is done must not start a new run.
+            goes_on = {"resume_ckpt": "findlast", "resume_mode": "exact"}
+        given = {**self._options, **goes_on, "save_ckpt_dir": logdir / FILES, **options}
         return arguments(self._world, logdir, **given)
 
     def run(
