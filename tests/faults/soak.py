@@ -64,7 +64,7 @@ class _Soak:
 
     def after_update(self, session: Session) -> None:
         update = session.progress.update
-        if update % (self.updates // (self.resumes + 1)) == 0:
+        if update % -(-self.updates // (self.resumes + 1)) == 0:
             session.stop.request()
         # A save under way has a thread and open files of its own; the looks come where there is none.
         if update % max(1, self.updates // LOOKS) == 0:
