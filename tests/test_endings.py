@@ -187,6 +187,16 @@ def test_a_stop_leaves_samples_and_validation_to_the_next_start(
     assert same_tree(final_state(tmp_path / "cut"), final_state(tmp_path / "whole"))
 
 
+def test_a_stop_in_the_last_samples_leaves_a_finished_run(
+    world: World, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop_inside(monkeypatch, {2: "samples"})
+    options = {**AVERAGED, "no_save_ckpt": True, "sample_prompts": world.model.parent / "prompts.json"}
+    assert run_job(world, tmp_path, **options) == 0
+    assert (run_folder(tmp_path) / "finished.json").exists()
+    assert same_tree(final_state(tmp_path), final_state(finished / "logs"))
+
+
 def _curve(run: Path) -> list[tuple[float, float]]:
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [(row["update"], row["validation/val relative"]) for row in rows if "validation/val relative" in row]

@@ -117,6 +117,8 @@ class Session:
     def state(self) -> Tree:
         """All that an exact resume needs and that `progress` and the seed do not fix; live tensors."""
         networks = {"unet": self.models.unet, "text_encoder": self.models.text_encoder, "vae": self.models.vae}
+        # A run that is finished is not gone on with, so nothing is due.
+        due = [] if self.finished else sorted(self.cut_off)
         return {
             "networks": {name: dict(network.state_dict()) for name, network in networks.items()},
             "answers": self.answers(),
@@ -125,8 +127,8 @@ class Session:
             "epoch_meter": self.epoch_meter.state_dict(),
             "ledger": self.ledger.state(),
             "validation": None if self.validation is None else self.validation.state(),
-            "cut_off": sorted(self.cut_off),
-            "captions": list(self.captions) if self.cut_off else [],
+            "cut_off": due,
+            "captions": list(self.captions) if due else [],
         }
 
     def restore(self, state: Mapping[str, Any]) -> list[str]:
