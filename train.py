@@ -152,7 +152,7 @@ def finish(session: Session) -> int:
     from training.between import report_saves
     from training.completing import mark_finished
 
-    if session.finished:
+    if session.complete:
         kind: Kind = "" if session.options.save.no_prepend_last else "last"
     else:
         kind = "interrupted"
@@ -170,7 +170,7 @@ def finish(session: Session) -> int:
     paths["TensorBoard"] = f"tensorboard --logdir {session.options.run.logdir}"
     LOGGER.info(
         end_summary(
-            outcome="finished" if session.finished else (session.stop.requested or "stopped"),
+            outcome="finished" if session.complete else (session.stop.requested or "stopped"),
             updates=session.progress.update,
             images=session.progress.images,
             seconds=session.progress.seconds,
@@ -180,10 +180,10 @@ def finish(session: Session) -> int:
     )
     # As late as can be: what is killed before this is taken up again, what is killed after it has nothing left to do.
     session.tracker.close()
-    complete = mark_finished(session.run, saved.record, results) if session.finished else saved.folder is not None
+    complete = mark_finished(session.run, saved.record, results) if session.complete else saved.folder is not None
     if not complete:
         return EXIT_TRY_LATER
-    return session.stop.exit_code if not session.finished and session.stop.exit_code is not None else EXIT_DONE
+    return session.stop.exit_code if not session.complete and session.stop.exit_code is not None else EXIT_DONE
 
 
 if __name__ == "__main__":

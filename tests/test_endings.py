@@ -187,14 +187,23 @@ def test_a_stop_leaves_samples_and_validation_to_the_next_start(
     assert same_tree(final_state(tmp_path / "cut"), final_state(tmp_path / "whole"))
 
 
-def test_a_stop_in_the_last_samples_leaves_a_finished_run(
-    world: World, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("what", ["samples", "validation"])
+def test_a_stop_after_the_last_update_leaves_the_rest_to_the_next_start(
+    what: str, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stop_inside(monkeypatch, {2: "samples"})
-    options = {**AVERAGED, "no_save_ckpt": True, "sample_prompts": world.model.parent / "prompts.json"}
-    assert run_job(world, tmp_path, **options) == 0
-    assert (run_folder(tmp_path) / "finished.json").exists()
-    assert same_tree(final_state(tmp_path), final_state(finished / "logs"))
+    validation = tmp_path / "validation.json"
+    validation.write_text(json.dumps({"auto_split_proportion": 0.3, "use_relative_loss": True}), encoding="utf-8")
+    options = {"max_epochs": 1, "max_steps": 2, "sample_steps": 1, "grad_accum": 1, "validation_config": validation}
+    assert run_job(world, tmp_path / "whole", **options) == 0
+    stop_inside(monkeypatch, {2: what})
+    assert run_job(world, tmp_path / "cut", **options) == 130
+    run = run_folder(tmp_path / "cut")
+    assert not (run / "finished.json").exists()
+    assert run_job(world, tmp_path / "cut", **options, resume_ckpt="findlast") == 0
+    assert list((run / "samples").glob("gs00002-*.jpg"))
+    assert (run / "finished.json").exists()
+    assert _curve(run) == _curve(run_folder(tmp_path / "whole"))
+    assert same_tree(final_state(tmp_path / "cut"), final_state(tmp_path / "whole"))
 
 
 def _curve(run: Path) -> list[tuple[float, float]]:

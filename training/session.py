@@ -102,6 +102,11 @@ class Session:
         """Whether all updates are done."""
         return self.progress.update >= self.data.total_updates
 
+    @property
+    def complete(self) -> bool:
+        """Whether all updates are done and what is due after the last one, too: nothing is left to go on with."""
+        return self.finished and not self.cut_off
+
     def trained(self) -> dict[str, dict[str, Tensor]]:
         """The trained weights of each part by name."""
         return {name: part.weights() for name, part in self.parts.items()}
@@ -117,8 +122,6 @@ class Session:
     def state(self) -> Tree:
         """All that an exact resume needs and that `progress` and the seed do not fix; live tensors."""
         networks = {"unet": self.models.unet, "text_encoder": self.models.text_encoder, "vae": self.models.vae}
-        # A run that is finished is not gone on with, so nothing is due.
-        due = [] if self.finished else sorted(self.cut_off)
         return {
             "networks": {name: dict(network.state_dict()) for name, network in networks.items()},
             "answers": self.answers(),
@@ -127,8 +130,8 @@ class Session:
             "epoch_meter": self.epoch_meter.state_dict(),
             "ledger": self.ledger.state(),
             "validation": None if self.validation is None else self.validation.state(),
-            "cut_off": due,
-            "captions": list(self.captions) if due else [],
+            "cut_off": sorted(self.cut_off),
+            "captions": list(self.captions) if self.cut_off else [],
         }
 
     def restore(self, state: Mapping[str, Any]) -> list[str]:
@@ -148,7 +151,7 @@ class Session:
 
     def save(self, kind: Kind = "", *, wait: bool = False) -> list[SaveResult]:
         """Save a checkpoint of this moment; without `wait` it is written while the training goes on."""
-        saves = self.archive.saves(self.progress, kind, finished=self.finished, ema=self.ema is not None)
+        saves = self.archive.saves(self.progress, kind, finished=self.complete, ema=self.ema is not None)
         results = []
         if wait:
             results = self.writer.save_now(self.state(), saves)
