@@ -6,6 +6,8 @@ import multiprocessing
 import signal
 import threading
 from collections.abc import Iterator, Sequence
+from multiprocessing import ProcessError
+from pickle import UnpicklingError
 
 from torch.utils.data import DataLoader, Sampler
 
@@ -21,6 +23,9 @@ PATIENCE_SECONDS = 600.0
 # So often the loader looks whether its workers are alive.
 LOOK_SECONDS = 2.0
 MOST_FAILURES = 3
+# The loader speaks of a dead worker as RuntimeError. One that died after it had announced a batch, and before its
+# tensors were fetched from it, is a connection that breaks, in any of these ways.
+LOST_WORKER = (RuntimeError, OSError, EOFError, UnpicklingError, ProcessError)
 
 
 class _Queue(Sampler[Request]):
@@ -71,7 +76,7 @@ class Batches:
 
         Raises:
             UserError: a picture cannot be decoded and nothing can stand in for it.
-            RuntimeError: workers die again and again on the same batch.
+            RuntimeError, OSError, ...: workers die again and again on the same batch (`LOST_WORKER`).
         """
         waiting = requests(updates, done)
         failures = 0
@@ -85,7 +90,7 @@ class Batches:
                     waiting = waiting[1:]
                     failures = 0
                     yield answer
-            except RuntimeError as error:
+            except LOST_WORKER as error:
                 if self._options.num_workers == 0 or failures == MOST_FAILURES:
                     raise
                 failures += 1

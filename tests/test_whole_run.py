@@ -330,6 +330,29 @@ def test_killed_workers_cost_nothing_but_time(
     assert same_tree(final_state(tmp_path / "killed"), final_state(tmp_path / "calm"))
 
 
+def test_a_worker_that_dies_with_its_batch_half_handed_over(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What torch raises then, when the tensors are fetched from nobody."""
+    import data.workers
+
+    options = {"sample_prompts": "none", "max_epochs": 2, "num_workers": 1}
+    assert run_job(world, tmp_path / "calm", **options) == 0
+    take, taken = data.workers.Batches._next, []
+
+    def take_from_the_dead(self: Any, iterator: Any) -> Any:
+        taken.append(iterator)
+        if len(taken) == 3:
+            raise ConnectionResetError(104, "Connection reset by peer")
+        return take(self, iterator)
+
+    monkeypatch.setattr(data.workers.Batches, "_next", take_from_the_dead)
+    capsys.readouterr()
+    assert run_job(world, tmp_path / "killed", **options) == 0
+    assert "workers are started anew" in capsys.readouterr().out
+    assert same_tree(final_state(tmp_path / "killed"), final_state(tmp_path / "calm"))
+
+
 class Slow(BatchSource):
     """Hangs at one picture, as a disk that is gone does."""
 
