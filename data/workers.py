@@ -6,8 +6,11 @@ import multiprocessing
 import signal
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from multiprocessing import ProcessError
+from multiprocessing.process import BaseProcess
 from pickle import UnpicklingError
+from typing import Any
 
 from torch.utils.data import DataLoader, Sampler
 
@@ -16,12 +19,16 @@ from data.item import Update
 from utils.errors import UserError, printable
 from utils.logs import LOGGER
 from utils.seeding import tensor_stream
-from utils.stopping import ignore_in_worker, workers_start
+from utils.stopping import StopSignal, ignore_in_worker, workers_start
 
 # A batch that takes longer is not coming: a disk that is gone, a decoder in a loop.
 PATIENCE_SECONDS = 600.0
 # So often the loader looks whether its workers are alive.
 LOOK_SECONDS = 2.0
+# When a stop is asked for: the update that waits is left then, and trained when the run goes on.
+STOP_PATIENCE_SECONDS = 4.0
+# A worker that is to end may finish the picture it is reading.
+GRACE_SECONDS = 2.0
 MOST_FAILURES = 3
 # The loader speaks of a dead worker as RuntimeError. One that died after it had announced a batch, and before its
 # tensors were fetched from it, is a connection that breaks, in any of these ways.
@@ -53,7 +60,9 @@ class Batches:
         self._source, self._options = source, source.options
         self._pin_memory, self._patience = pin_memory, patience_seconds
         self._queue = _Queue()
-        self._loader = self._new_loader()
+        self._loader: DataLoader[Batch] | None = None
+        self._iterator: Any = None
+        self._workers: list[BaseProcess] = []
 
     def _new_loader(self) -> DataLoader[Batch]:
         workers, start = self._options.num_workers, self._options.worker_start
@@ -71,65 +80,128 @@ class Batches:
             generator=tensor_stream(self._source.seed, "workers"),
         )
 
-    def epoch(self, updates: Sequence[Update], done: int = 0) -> Iterator[Batch]:
+    def epoch(self, updates: Sequence[Update], done: int = 0, stop: StopSignal | None = None) -> Iterator[Batch]:
         """A batch for each micro-batch of an epoch's `updates`, in order, without the first `done` updates.
+
+        Args:
+            stop: once it is asked for, a batch is waited for no longer than `STOP_PATIENCE_SECONDS`.
 
         Raises:
             UserError: a picture cannot be decoded and nothing can stand in for it.
-            RuntimeError, OSError, ...: workers die again and again on the same batch (`LOST_WORKER`).
+            RuntimeError, OSError, ...: workers die again and again on the same batch, or a stop is asked for and one
+                of them has died or does not answer (`LOST_WORKER`).
         """
         waiting = requests(updates, done)
         failures = 0
         while waiting:
             try:
-                iterator = self._start(waiting)
+                self._start(waiting)
                 while waiting:
-                    answer = self._next(iterator)
+                    answer = self._next(stop)
                     if isinstance(answer, Lost):
                         raise UserError(answer.message)
                     waiting = waiting[1:]
                     failures = 0
                     yield answer
+                return
             except LOST_WORKER as error:
-                if self._options.num_workers == 0 or failures == MOST_FAILURES:
+                if self._options.num_workers == 0 or failures == MOST_FAILURES or stop:
                     raise
-                failures += 1
-                paths = ", ".join(printable(visit.item.path) for visit in waiting[0].visits)
-                LOGGER.warning("workers are started anew (%s); they were due to bring %s", _first_line(error), paths)
-                self.close()
-                self._loader = self._new_loader()
+                reason = _first_line(error)
+            failures += 1
+            paths = ", ".join(printable(visit.item.path) for visit in waiting[0].visits)
+            LOGGER.warning("workers are started anew (%s); they were due to bring %s", reason, paths)
+            # Not before the error is forgotten, which refers to all that is to go.
+            self._abandon()
 
-    def _next(self, iterator: Iterator[Batch | Lost]) -> Batch | Lost:
-        """The next answer. The loader looks after its workers whenever its time is up, and may be asked again then.
-
-        Raises:
-            RuntimeError: a worker has died, or nothing has come for `patience_seconds`.
-        """
-        waited = 0.0
-        while True:
-            try:
-                return next(iterator)
-            except RuntimeError as error:
-                waited += LOOK_SECONDS
-                if "timed out" not in str(error) or waited >= self._patience:
-                    raise
-
-    def _start(self, waiting: list[Request]) -> Iterator[Batch | Lost]:
+    def _start(self, waiting: list[Request]) -> None:
         self._queue.requests = waiting
+        if self._loader is None:
+            self._loader = self._new_loader()
         handler = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
         start = self._options.worker_start
         with workers_start(None if start == "auto" else start):
-            iterator = iter(self._loader)
+            self._iterator = iter(self._loader)
+        self._workers = multiprocessing.active_children() if self._options.num_workers else []
         if handler is not None and threading.current_thread() is threading.main_thread():
             # torch's handler raises in the middle of whatever runs when a worker dies, an optimizer's step perhaps.
-            # Without it the loss is noticed where the batch is waited for.
             signal.signal(signal.SIGCHLD, handler)
-        return iterator
+
+    def _next(self, stop: StopSignal | None) -> Batch | Lost:
+        """The next answer. The loader looks after its workers whenever its time is up, and may be asked again then.
+
+        Raises:
+            RuntimeError: a worker has died, or nothing has come for as long as it is waited for.
+        """
+        waited = stopping = 0.0
+        while True:
+            try:
+                with _deaths_interrupt(self._workers):
+                    answer: Batch | Lost = next(self._iterator)
+                    return answer
+            except RuntimeError as error:
+                waited += LOOK_SECONDS
+                stopping += LOOK_SECONDS if stop else 0.0
+                if "timed out" not in str(error) or waited >= self._patience or stopping >= STOP_PATIENCE_SECONDS:
+                    raise
 
     def close(self) -> None:
-        """End the workers without waiting for what they are doing."""
-        for child in multiprocessing.active_children():
-            child.kill()
+        """End the workers. One that is busy, or hangs, is killed when its time is up."""
+        if not all(worker.is_alive() for worker in self._workers):
+            self._abandon()
+            return
+        late = threading.Timer(GRACE_SECONDS, self._kill)
+        late.start()
+        # torch ends them when nothing refers to this any more, and waits for each.
+        self._loader = self._iterator = None
+        late.cancel()
+        # An error that is under way may still refer to it.
+        self._kill()
+        self._workers = []
+
+    def _abandon(self) -> None:
+        """Kill the workers and wait for nothing: locks that the loader shares with them may be held by the dead."""
+        self._kill()
+        if self._pin_memory:
+            # The loader would send something through the workers' queue, and the program wait for that at its end.
+            self._iterator._worker_result_queue.cancel_join_thread()
+        last = [self._iterator]
+        self._loader = self._iterator = None
+        self._workers = []
+        threading.Thread(target=last.clear, daemon=True).start()
+
+    def _kill(self) -> None:
+        for worker in self._workers:
+            worker.kill()
+
+
+@contextmanager
+def _deaths_interrupt(workers: Sequence[BaseProcess]) -> Iterator[None]:
+    """Inside this block the death of one of `workers` raises RuntimeError at once, whatever is waited for.
+
+    One that dies with half a message sent would leave the loader waiting for the other half without end, as other
+    workers hold the same pipe. (Windows knows no half messages, and no SIGCHLD.)
+    """
+    if not workers or not hasattr(signal, "SIGCHLD") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    inside = True
+
+    def look(*_: object) -> None:
+        nonlocal inside
+        dead = [str(worker.pid) for worker in workers if not worker.is_alive()]
+        if inside and dead:
+            # Once only: this may come in the way of `finally`, too.
+            inside = False
+            raise RuntimeError(f"worker {', '.join(dead)} has died")
+
+    before = signal.signal(signal.SIGCHLD, look)
+    try:
+        look()
+        yield
+    finally:
+        inside = False
+        signal.signal(signal.SIGCHLD, before)
 
 
 def _first_line(error: BaseException) -> str:

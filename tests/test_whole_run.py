@@ -14,7 +14,6 @@ import torch
 
 import training.loop
 import training.rehearsal
-from data.batches import Batch, BatchSource, Lost, Request
 from tests.jobs import World, arguments, final_state, make_world, run_folder, run_job, stop_after, watch
 from training.session import Session
 from utils.tree import same_tree
@@ -302,88 +301,6 @@ def test_a_picture_that_breaks_later_is_replaced_and_named(
     shown = capsys.readouterr().out
     assert "another picture of its size is trained in its place" in shown
     assert broken.name in shown
-
-
-def test_killed_workers_cost_nothing_but_time(
-    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    import multiprocessing
-
-    import data.workers
-
-    options = {"sample_prompts": "none", "max_epochs": 4, "num_workers": 2, "batch_size": 1}
-    assert run_job(world, tmp_path / "calm", **options) == 0
-    monkeypatch.setattr(data.workers, "LOOK_SECONDS", 0.2)
-
-    def kill(session: Session) -> None:
-        if session.progress.update in (2, 7):
-            for child in multiprocessing.active_children():
-                child.kill()
-                child.join()
-
-    watch(monkeypatch, kill)
-    capsys.readouterr()
-    began = time.monotonic()
-    assert run_job(world, tmp_path / "killed", **options) == 0
-    assert time.monotonic() - began < 300, "a death is not waited out as a hang would be"
-    assert "workers are started anew" in capsys.readouterr().out
-    assert same_tree(final_state(tmp_path / "killed"), final_state(tmp_path / "calm"))
-
-
-def test_a_worker_that_dies_with_its_batch_half_handed_over(
-    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """What torch raises then, when the tensors are fetched from nobody."""
-    import data.workers
-
-    options = {"sample_prompts": "none", "max_epochs": 2, "num_workers": 1}
-    assert run_job(world, tmp_path / "calm", **options) == 0
-    take, taken = data.workers.Batches._next, []
-
-    def take_from_the_dead(self: Any, iterator: Any) -> Any:
-        taken.append(iterator)
-        if len(taken) == 3:
-            raise ConnectionResetError(104, "Connection reset by peer")
-        return take(self, iterator)
-
-    monkeypatch.setattr(data.workers.Batches, "_next", take_from_the_dead)
-    capsys.readouterr()
-    assert run_job(world, tmp_path / "killed", **options) == 0
-    assert "workers are started anew" in capsys.readouterr().out
-    assert same_tree(final_state(tmp_path / "killed"), final_state(tmp_path / "calm"))
-
-
-class Slow(BatchSource):
-    """Hangs at one picture, as a disk that is gone does."""
-
-    def __getitem__(self, request: Request) -> Batch | Lost:  # type: ignore[override]
-        if request.update == 1 and not (marker := Path(self.options.data_root) / ".hung").exists():
-            marker.touch()
-            time.sleep(3600)
-        return super().__getitem__(request)
-
-
-def test_a_worker_that_hangs_is_found_and_its_picture_named(
-    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    import shutil
-
-    import data.workers
-    import training.parts
-
-    pictures = shutil.copytree(world.pictures, tmp_path / "pictures")
-    options = {"data_root": pictures, "sample_prompts": "none", "max_epochs": 1, "num_workers": 1}
-    assert run_job(world, tmp_path / "calm", **options) == 0
-    monkeypatch.setattr(training.parts, "BatchSource", Slow)
-    monkeypatch.setattr(data.workers, "LOOK_SECONDS", 0.2)
-    original = training.parts.Batches
-    monkeypatch.setattr(training.parts, "Batches", lambda *a, **k: original(*a, **k, patience_seconds=3.0))
-    capsys.readouterr()
-    assert run_job(world, tmp_path / "hung", **options) == 0
-    shown = capsys.readouterr().out
-    assert "workers are started anew (DataLoader timed out" in shown
-    assert str(pictures) in shown
-    assert same_tree(final_state(tmp_path / "hung"), final_state(tmp_path / "calm"))
 
 
 def test_the_control_file_is_obeyed(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

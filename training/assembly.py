@@ -79,6 +79,8 @@ def open_session(inputs: Inputs, data: TrainingSet, start: Start, stop: StopSign
             sweep_leftovers(single_files, owner=run.name)
         session = _assemble(inputs, data, device, models, run, tracker, writer, stop, progress)
         stack.callback(session.bar.close)
+        # Not `session.batches.close`: settings that are read again bring other workers.
+        stack.callback(lambda: session.batches.close())
         if state is not None:
             for change in session.restore(state):
                 LOGGER.info("%s", change)

@@ -37,7 +37,7 @@ def train_epoch(session: Session) -> None:
     done = session.progress.update_in_epoch
     updates = session.data.plan(session.progress.epoch)
     before_epoch(session, updates)
-    batches = session.batches.epoch(updates, done)
+    batches = session.batches.epoch(updates, done, session.stop)
     for update in updates[done:]:
         train_update(session, update, batches)
         after_update(session)
