@@ -49,6 +49,7 @@ def test_resumed_is_uninterrupted(
     uninterrupted: dict[str, Any],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
     update: int,
     workers: int,
 ) -> None:
@@ -57,7 +58,9 @@ def test_resumed_is_uninterrupted(
     (saved,) = [c for c in list_checkpoints(run_folder(tmp_path) / "ckpts") if not c.record.ema]
     assert saved.record.progress.update == update
     assert saved.folder.name.startswith("interrupted-")
+    assert " to go\n" not in capsys.readouterr().out, "a new run has no pace yet"
     assert same_tree(resume(world, tmp_path, monkeypatch, num_workers=workers, **RICH), uninterrupted)
+    assert " to go\n" in capsys.readouterr().out
 
 
 def test_a_chain_of_stops_is_uninterrupted(

@@ -176,7 +176,8 @@ def _assemble(
 def announce(session: Session) -> None:
     """The totals of the run in a line."""
     parameters = {name: sum(p.numel() for p in part.parameters.values()) for name, part in session.parts.items()}
-    data = session.data
+    data, progress = session.data, session.progress
+    to_come = data.total_updates - progress.update
     LOGGER.info(
         start_line(
             device=session.device.name,
@@ -186,6 +187,7 @@ def announce(session: Session) -> None:
             buckets=len({bucket for _, bucket in data.placed}),
             epochs=data.epochs_begun,
             updates=data.total_updates,
+            seconds_left=progress.seconds / progress.update * to_come if progress.update else None,
         )
     )
     LOGGER.info("run folder %s", session.run.folder)

@@ -12,6 +12,8 @@ from utils.errors import printable
 from utils.logs import FILE_ONLY, LOGGER, is_terminal, silence
 
 AVERAGED = " ema"
+# From the end of the first update on; the pace is known well enough then to say how long the run will take.
+ESTIMATE_SECONDS = 10.0
 
 
 class Bar:
@@ -30,6 +32,7 @@ class Bar:
         self._done = start
         self._clock = clock
         self._first: tuple[int, float] | None = None
+        self._estimated = False
         self._shown = ""
         self._stream = sys.stdout if stream is None else stream
         self._bar: Any = None
@@ -49,10 +52,12 @@ class Bar:
             )
 
     def advance(self, updates: int = 1) -> None:
-        """Count updates; cheap enough for every one."""
+        """Count updates, which is cheap; once the pace is known, the log hears how long the run will take."""
         self._done += updates
         if self._first is None:
             self._first = (self._done, self._clock())
+        elif not self._estimated and self._clock() - self._first[1] >= ESTIMATE_SECONDS:
+            self._estimate()
         if self._bar is not None:
             self._guard(lambda: self._redraw(updates))
 
@@ -76,7 +81,9 @@ class Bar:
         if memory_gib is not None:
             parts.append(f"{memory_gib[0]:.1f} of {memory_gib[1]:.1f} GiB")
         self._shown = ", ".join(parts)
-        line = f"update {self._done}/{self.total}, {self._shown}{self._left()}"
+        left = self._left()
+        self._estimated = self._estimated or bool(left)
+        line = f"update {self._done}/{self.total}, {self._shown}{left}"
         if self._bar is None:
             LOGGER.info("%s", line)
         else:
@@ -96,6 +103,13 @@ class Bar:
     def _left(self) -> str:
         left = self.seconds_left()
         return "" if left is None else f", {duration(left)} left"
+
+    def _estimate(self) -> None:
+        self._estimated = True
+        left = self.seconds_left()
+        if left:
+            line = f"about {duration(left)} for the {self.total - self._done} updates to come"
+            LOGGER.info("%s", line, extra=None if self._bar is None else FILE_ONLY)
 
     def _redraw(self, updates: int, *, at_once: bool = False) -> None:
         self._bar.set_postfix_str((self._shown + self._left()).removeprefix(", "), refresh=False)
@@ -154,13 +168,20 @@ def start_line(
     buckets: int,
     epochs: int,
     updates: int,
+    seconds_left: float | None = None,
 ) -> str:
-    """The totals of a run in one line; `parameters`: trained ones, by network."""
+    """The totals of a run in one line.
+
+    Args:
+        parameters: trained ones, by network.
+        seconds_left: for a run that goes on; a new one has no pace yet.
+    """
     trained = ", ".join(f"{printable(name)} {_count(number)}" for name, number in parameters.items())
+    left = "" if seconds_left is None else f", about {duration(seconds_left)} to go"
     return (
         f"{printable(device)}, {precision}; training {trained} parameters on {images} images in {buckets} "
         f"{'bucket' if buckets == 1 else 'buckets'}; {updates} updates in {epochs} "
-        f"{'epoch' if epochs == 1 else 'epochs'}"
+        f"{'epoch' if epochs == 1 else 'epochs'}{left}"
     )
 
 

@@ -27,13 +27,28 @@ def test_plain_lines_with_the_time_left_when_nobody_watches() -> None:
     with Bar(100, start=20, stream=stream, clock=lambda: now[0]) as bar:
         now[0] = 1000.0  # loading, the first samples, the first update
         bar.advance()
-        now[0] = 1030.0
         for _ in range(10):
+            now[0] += 0.9
             bar.advance()
         bar.show(epoch=2, loss=0.12345, lr=1e-6, images_per_second=12.34, memory_gib=(5.12, 23.6))
     assert stream.getvalue() == (
-        "update 31/100, epoch 2, loss 0.1235, lr 1.00e-06, 12.3 images/s, 5.1 of 23.6 GiB, 3m27s left\n"
+        "update 31/100, epoch 2, loss 0.1235, lr 1.00e-06, 12.3 images/s, 5.1 of 23.6 GiB, 1m02s left\n"
     )
+
+
+@pytest.mark.parametrize(("log_step", "said"), [(1000, 1), (2, 0)])
+def test_how_long_it_will_take_is_said_once_when_the_pace_is_known(log_step: int, said: int) -> None:
+    """Unless an earlier line has said it."""
+    stream, now = io.StringIO(), [0.0]
+    open_console(stream)
+    with Bar(1001, stream=stream, clock=lambda: now[0]) as bar:
+        for update in range(1, 21):
+            now[0] += 4.0
+            bar.advance()
+            if update % log_step == 0:
+                bar.show(epoch=1)
+    lines = [line for line in stream.getvalue().splitlines() if "to come" in line]
+    assert lines == ["about 1h06m for the 997 updates to come"] * said
 
 
 def test_a_resumed_run_counts_only_its_own_pace() -> None:
@@ -104,19 +119,23 @@ def test_validation_is_a_line_that_can_be_read() -> None:
 
 
 def test_start_and_end() -> None:
-    line = start_line(
-        device="CPU",
-        precision="fp32",
-        parameters={"unet": 859_520_964, "text_encoder": 123_060_480},
-        images=120,
-        buckets=1,
-        epochs=2,
-        updates=60,
-    )
-    assert line == (
+    def totals(seconds_left: float | None) -> str:
+        return start_line(
+            device="CPU",
+            precision="fp32",
+            parameters={"unet": 859_520_964, "text_encoder": 123_060_480},
+            images=120,
+            buckets=1,
+            epochs=2,
+            updates=60,
+            seconds_left=seconds_left,
+        )
+
+    assert totals(None) == (
         "CPU, fp32; training unet 860 M, text_encoder 123 M parameters on 120 images in 1 bucket; "
         "60 updates in 2 epochs"
     )
+    assert totals(3725.0) == f"{totals(None)}, about 1h02m to go"
     summary = end_summary(
         outcome="finished", updates=60, images=240, seconds=60, loss=0.25, paths={"run folder": "a\nb", "model": "m"}
     )
