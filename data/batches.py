@@ -128,6 +128,9 @@ class BatchSource(Dataset[Batch]):
 
     Args:
         pools: for each bucket the items that may stand in for a picture that cannot be decoded.
+
+    Attributes:
+        dangerous: pictures that are not to be opened, because they take the worker with them; the reasons by id.
     """
 
     def __init__(
@@ -139,6 +142,7 @@ class BatchSource(Dataset[Batch]):
     ) -> None:
         self.options, self.seed, self.draw = options, seed, draw
         self.pools = {} if pools is None else pools
+        self.dangerous: dict[str, str] = {}
 
     def __getitem__(self, request: Request) -> Batch | Lost:  # type: ignore[override]
         try:
@@ -170,7 +174,7 @@ class BatchSource(Dataset[Batch]):
         pool = self.pools.get(wanted.bucket, ())
         for visit in chain([wanted], substitutes(wanted, pool, seed=self.seed)):
             try:
-                return visit, self._pixels(visit), reason
+                return visit, self.pixels(visit), reason
             except PictureError as error:
                 reason = str(error) if reason is None else reason
         raise _LostError(
@@ -178,8 +182,15 @@ class BatchSource(Dataset[Batch]):
             "Mend or remove it (--check_data finds all of them at once)"
         )
 
-    def _pixels(self, visit: Visit) -> torch.Tensor:
+    def pixels(self, visit: Visit) -> torch.Tensor:
+        """The pixels of `visit`, uint8 (3, H, W), by its own stream.
+
+        Raises:
+            PictureError: the picture cannot be decoded, with the reason.
+        """
         item = visit.item
+        if item.id in self.dangerous:
+            raise PictureError(self.dangerous[item.id])
         flip_p = self.options.flip_p if item.flip_p is None else item.flip_p
         rng = stream(self.seed, "visit", visit.epoch, item.id, visit.repeat, "pixels")
         return load_pixels(

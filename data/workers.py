@@ -15,8 +15,9 @@ from typing import Any
 from torch.utils.data import DataLoader, Sampler
 
 from data.batches import Batch, BatchSource, Lost, Request
+from data.culprits import SECONDS, find_culprits
 from data.item import Update
-from utils.errors import UserError, printable
+from utils.errors import TryLaterError, UserError, printable
 from utils.logs import LOGGER
 from utils.seeding import tensor_stream
 from utils.stopping import StopSignal, ignore_in_worker, workers_start
@@ -29,7 +30,13 @@ LOOK_SECONDS = 2.0
 STOP_PATIENCE_SECONDS = 4.0
 # A worker that is to end may finish the picture it is reading.
 GRACE_SECONDS = 2.0
+# Batches that each worker makes ahead.
+PREFETCH = 2
+# Failures at the same batch, after which its pictures are looked at one by one, and after which the run ends.
+SUSPICIOUS = 2
 MOST_FAILURES = 3
+# What the loader says of an exception that a worker lived to tell.
+_RAISED = "in DataLoader worker process"
 # The loader speaks of a dead worker as RuntimeError. One that died after it had announced a batch, and before its
 # tensors were fetched from it, is a connection that breaks, in any of these ways.
 LOST_WORKER = (RuntimeError, OSError, EOFError, UnpicklingError, ProcessError)
@@ -75,6 +82,7 @@ class Batches:
             worker_init_fn=ignore_in_worker if workers else None,
             multiprocessing_context=None if workers == 0 or start == "auto" else start,
             pin_memory=self._pin_memory,
+            prefetch_factor=PREFETCH if workers else None,
             timeout=LOOK_SECONDS if workers else 0,
             # Without its own generator, iter(DataLoader) would draw from torch's global one.
             generator=tensor_stream(self._source.seed, "workers"),
@@ -88,8 +96,9 @@ class Batches:
 
         Raises:
             UserError: a picture cannot be decoded and nothing can stand in for it.
-            RuntimeError, OSError, ...: workers die again and again on the same batch, or a stop is asked for and one
-                of them has died or does not answer (`LOST_WORKER`).
+            TryLaterError: workers die or hang again and again on the same batch, whose pictures are not to blame.
+            RuntimeError, OSError, ...: a stop is asked for and a worker has died or does not answer (`LOST_WORKER`);
+                or making the batch raises this.
         """
         waiting = requests(updates, done)
         failures = 0
@@ -105,14 +114,30 @@ class Batches:
                     yield answer
                 return
             except LOST_WORKER as error:
-                if self._options.num_workers == 0 or failures == MOST_FAILURES or stop:
+                if self._options.num_workers == 0 or stop or (failures == MOST_FAILURES and _RAISED in str(error)):
                     raise
                 reason = _first_line(error)
             failures += 1
-            paths = ", ".join(printable(visit.item.path) for visit in waiting[0].visits)
-            LOGGER.warning("workers are started anew (%s); they were due to bring %s", reason, paths)
-            # Not before the error is forgotten, which refers to all that is to go.
-            self._abandon()
+            self._begin_anew(waiting, failures, reason, stop)
+
+    def _begin_anew(self, waiting: list[Request], failures: int, reason: str, stop: StopSignal | None) -> None:
+        """Have new workers begin with the first batch that is `waiting`, for the `failures`-th time."""
+        # Not while the error is at hand, which refers to all that is to go.
+        self._abandon()
+        paths = ", ".join(printable(visit.item.path) for visit in waiting[0].visits)
+        if failures > MOST_FAILURES:
+            raise TryLaterError(
+                f"{failures} times in a row workers died or brought nothing ({reason}), due to bring {paths}; "
+                "if memory is short, fewer --num_workers need less (0: the training process reads the pictures)"
+            )
+        LOGGER.warning("workers are started anew (%s); they were due to bring %s", reason, paths)
+        if failures == SUSPICIOUS:
+            # Workers work ahead, so the picture may be one of a later batch.
+            begun = waiting[: self._options.num_workers * PREFETCH]
+            visits = [visit for request in begun for visit in request.visits]
+            start = None if self._options.worker_start == "auto" else self._options.worker_start
+            found = find_culprits(self._source, visits, start=start, seconds=min(SECONDS, self._patience), stop=stop)
+            self._source.dangerous |= found
 
     def _start(self, waiting: list[Request]) -> None:
         self._queue.requests = waiting
