@@ -65,6 +65,8 @@ class Batches:
         self, source: BatchSource, *, pin_memory: bool = False, patience_seconds: float = PATIENCE_SECONDS
     ) -> None:
         self._source, self._options = source, source.options
+        # `None` is the way of this platform.
+        self._start_method = None if source.options.worker_start == "auto" else source.options.worker_start
         self._pin_memory, self._patience = pin_memory, patience_seconds
         self._queue = _Queue()
         self._loader: DataLoader[Batch] | None = None
@@ -72,7 +74,7 @@ class Batches:
         self._workers: list[BaseProcess] = []
 
     def _new_loader(self) -> DataLoader[Batch]:
-        workers, start = self._options.num_workers, self._options.worker_start
+        workers = self._options.num_workers
         return DataLoader(
             self._source,
             batch_size=None,
@@ -80,7 +82,7 @@ class Batches:
             num_workers=workers,
             persistent_workers=workers > 0,
             worker_init_fn=ignore_in_worker if workers else None,
-            multiprocessing_context=None if workers == 0 or start == "auto" else start,
+            multiprocessing_context=self._start_method if workers else None,
             pin_memory=self._pin_memory,
             prefetch_factor=PREFETCH if workers else None,
             timeout=LOOK_SECONDS if workers else 0,
@@ -135,8 +137,8 @@ class Batches:
             # Workers work ahead, so the picture may be one of a later batch.
             begun = waiting[: self._options.num_workers * PREFETCH]
             visits = [visit for request in begun for visit in request.visits]
-            start = None if self._options.worker_start == "auto" else self._options.worker_start
-            found = find_culprits(self._source, visits, start=start, seconds=min(SECONDS, self._patience), stop=stop)
+            seconds = min(SECONDS, self._patience)
+            found = find_culprits(self._source, visits, start=self._start_method, seconds=seconds, stop=stop)
             self._source.dangerous |= found
 
     def _start(self, waiting: list[Request]) -> None:
@@ -144,8 +146,7 @@ class Batches:
         if self._loader is None:
             self._loader = self._new_loader()
         handler = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
-        start = self._options.worker_start
-        with workers_start(None if start == "auto" else start):
+        with workers_start(self._start_method), _deaths_interrupt(self._workers):
             self._iterator = iter(self._loader)
         self._workers = multiprocessing.active_children() if self._options.num_workers else []
         if handler is not None and threading.current_thread() is threading.main_thread():
@@ -187,7 +188,7 @@ class Batches:
     def _abandon(self) -> None:
         """Kill the workers and wait for nothing: locks that the loader shares with them may be held by the dead."""
         self._kill()
-        if self._pin_memory:
+        if self._pin_memory and self._iterator is not None:
             # The loader would send something through the workers' queue, and the program wait for that at its end.
             self._iterator._worker_result_queue.cancel_join_thread()
         last = [self._iterator]
