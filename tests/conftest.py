@@ -9,8 +9,9 @@ from collections.abc import Generator
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# What tests remember of pictures stays out of the user's own cache.
-os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="emulsion-tests-")
+# What tests remember of pictures stays out of the user's own cache, and goes when they end.
+CACHE = tempfile.TemporaryDirectory(prefix="emulsion-tests-", ignore_cleanup_errors=True)
+os.environ["XDG_CACHE_HOME"] = CACHE.name
 
 import pytest
 
