@@ -6,14 +6,14 @@ import os
 import tempfile
 from collections.abc import Generator
 
+import pytest
+
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # What tests remember of pictures stays out of the user's own cache, and goes when they end.
 CACHE = tempfile.TemporaryDirectory(prefix="emulsion-tests-", ignore_cleanup_errors=True)
 os.environ["XDG_CACHE_HOME"] = CACHE.name
-
-import pytest
 
 
 @pytest.fixture(autouse=True, scope="session")

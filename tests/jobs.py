@@ -32,6 +32,9 @@ BASE: dict[str, Any] = {
     "device": "cpu",
 }
 
+# As it is before any test has put something around it.
+AFTER_UPDATE = training.loop.after_update
+
 
 @dataclass(frozen=True, slots=True)
 class World:
@@ -84,7 +87,7 @@ def run_job(world: World, logdir: Path, **options: Any) -> int:
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, update: int | None) -> None:
     """Ask for a stop when `update` updates are done, as Ctrl-C would; `None` lets runs go on to their end."""
-    original = training.loop.__dict__.setdefault("_original_after_update", training.loop.after_update)
+    original = AFTER_UPDATE
 
     def after(session: Session) -> None:
         original(session)

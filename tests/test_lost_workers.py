@@ -24,7 +24,7 @@ import data.workers
 import training.parts
 from data.batches import Batch, BatchSource, Lost, Request
 from data.workers import Batches
-from tests.jobs import World, final_state, make_world, run_job, stop_after, watch
+from tests.jobs import World, final_state, make_world, run_job, watch
 from training.session import Session
 from utils.tree import same_tree
 
@@ -229,7 +229,7 @@ def test_a_stop_does_not_wait_for_a_worker_that_hangs(
     assert time.monotonic() - began < 300
     assert not multiprocessing.active_children()
     assert ("the update in hand is left" in capsys.readouterr().out) == waited_for
-    stop_after(monkeypatch, None)
+    monkeypatch.undo()
     assert run_job(world, tmp_path / "logs", data_root=slow_pictures, resume_ckpt="findlast", **OPTIONS) == 0
     assert same_tree(final_state(tmp_path / "logs"), calm)
 
