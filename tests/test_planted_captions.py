@@ -31,8 +31,8 @@ def swap_captions(folder: Path, seed: int) -> set[str]:
     return {path.stem for path in chosen}
 
 
-@pytest.mark.parametrize("seed", [1, 2])
-def test_swapped_captions_are_found(tmp_path: Path, seed: int) -> None:
+@pytest.mark.parametrize(("seed", "epochs", "at_least"), [(1, 4, 4), (2, 4, 4), (1, 8, 5), (2, 8, 5)])
+def test_swapped_captions_are_found(tmp_path: Path, seed: int, epochs: int, at_least: int) -> None:
     shutil.copytree(STARTER / "pictures", tmp_path / "pictures")
     swapped = swap_captions(tmp_path / "pictures" / "zorps", seed)
     optimizer = {"base": {"optimizer": "adamw", "lr": 1e-5, "lr_scheduler": "constant"}, "text_encoder_lr_scale": 1.0}
@@ -44,7 +44,7 @@ def test_swapped_captions_are_found(tmp_path: Path, seed: int) -> None:
         "optimizer_config": tmp_path / "optimizer.json",
         "sample_prompts": tmp_path / "none.txt",
         "logdir": tmp_path / "logs",
-        "max_epochs": 8,
+        "max_epochs": epochs,
         "sample_steps": 100_000,
         "no_save_ckpt": "true",
     }
@@ -52,4 +52,4 @@ def test_swapped_captions_are_found(tmp_path: Path, seed: int) -> None:
     (run,) = (tmp_path / "logs").iterdir()
     rows = list(csv.DictReader((run / "loss_by_image.csv").open(encoding="utf-8")))
     found = [Path(row["image"]).stem for row in rows[:10]]
-    assert swapped <= set(found), f"{sorted(swapped)} in {found}"
+    assert len(swapped & set(found)) >= at_least, f"{sorted(swapped)} in {found}"

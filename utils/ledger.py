@@ -35,13 +35,17 @@ class Usual:
     variance: float = 0.0
 
     def surprise(self, value: float) -> float:
-        """How many standard deviations `value` is above the usual; then it is part of the usual."""
-        deviation = math.sqrt(self.variance)
-        above = (value - self.mean) / deviation if self.count >= 8 and deviation > 0 else 0.0
+        """How many standard deviations `value` is above the usual, of which it is then a part itself.
+
+        So the first values of a range count too, and for no more than they tell: of n values, none lies further than
+        the root of n - 1 deviations from the mean of them all. Seen from two before it alone, one could lie anywhere.
+        """
         self.count = min(self.count + 1, MEMORY)
         step = (value - self.mean) / self.count
         self.variance += ((value - self.mean) * (value - self.mean - step) - self.variance) / self.count
         self.mean += step
+        deviation = math.sqrt(self.variance)
+        above = (value - self.mean) / deviation if deviation > 0 else 0.0
         return max(-3.0, min(3.0, above))
 
 
@@ -52,6 +56,8 @@ class Account:
     visits: int = 0
     surprise: float = 0.0
     loss: float = 0.0
+    # Visits by what they could tell: the first one in a range of timesteps tells nothing.
+    telling: float = 0.0
 
 
 @dataclass(slots=True)
@@ -96,8 +102,13 @@ class Ledger:
         account.visits += 1
         account.loss += (loss - account.loss) / account.visits
         # The logarithm takes out the size of the loss at a timestep, with any weight on it; the spread its reliability.
-        above = self.usual[place].surprise(math.log(max(loss, _TINY)))
-        account.surprise += (above - account.surprise) / account.visits
+        usual = self.usual[place]
+        above = usual.surprise(math.log(max(loss, _TINY)))
+        # A value moves the mean of n by an n-th of its own distance, so only the rest of the distance is seen.
+        telling = 1 - 1 / usual.count
+        account.telling += telling
+        if account.telling > 0:
+            account.surprise += (above - telling * account.surprise) / account.telling
 
     def hardest(self) -> list[tuple[str, Account]]:
         """The images by how far their losses are above the usual, the furthest first.
@@ -134,7 +145,8 @@ class Ledger:
         rows = []
         for name, accounts in folders.items():
             visits = sum(account.visits for account in accounts)
-            score = sum(account.surprise * account.visits for account in accounts) / visits
+            telling = sum(account.telling for account in accounts)
+            score = sum(account.surprise * account.telling for account in accounts) / telling if telling else 0.0
             loss = sum(account.loss * account.visits for account in accounts) / visits
             rows.append((score, name, len(accounts), visits, loss))
         rows.sort(key=lambda row: (-row[0], row[1]))
@@ -147,20 +159,20 @@ class Ledger:
         """What a resumed run needs to know: plain JSON values."""
         self.collect()
         return {
-            "accounts": {id: [a.visits, a.surprise, a.loss] for id, a in self.accounts.items()},
+            "accounts": {id: [a.visits, a.surprise, a.loss, a.telling] for id, a in self.accounts.items()},
             "usual": [[u.count, u.mean, u.variance] for u in self.usual],
             "timesteps": list(self.timesteps),
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state`."""
-        self.accounts = {id: Account(*values) for id, values in state["accounts"].items()}
+        """Go on from `state`; in older ones, of three values an account, all visits count alike."""
+        self.accounts = {id: Account(*[*values, values[0]][:4]) for id, values in state["accounts"].items()}
         self.usual = [Usual(*values) for values in state["usual"]]
         self.timesteps = list(state["timesteps"])
 
 
 def _shrunk(account: Account) -> float:
-    return account.surprise * account.visits / (account.visits + 2)
+    return account.surprise * account.telling / (account.telling + 2)
 
 
 def _cell(text: str) -> str:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from utils.ledger import BY_FOLDER, BY_IMAGE, Ledger
+from utils.ledger import BY_FOLDER, BY_IMAGE, Ledger, Usual
 
 
 def typical_loss(timestep: int) -> float:
@@ -56,6 +56,39 @@ def test_without_normalising_they_would_not() -> None:
     fill(ledger, HARD)
     by_mean_loss = sorted(ledger.accounts, key=lambda id: -ledger.accounts[id].loss)
     assert not set(by_mean_loss[:10]) >= set(HARD), "the planted images are meant to be hidden by their timesteps"
+
+
+def test_they_do_so_in_a_short_run() -> None:
+    """Two visits an image, fewer than five in each range of timesteps: the first ones must count."""
+    ledger = Ledger()
+    fill(ledger, dict.fromkeys(HARD, 2.0), epochs=2)
+    assert {id for id, _ in ledger.hardest()[:10]} >= set(HARD)
+
+
+def test_the_first_values_of_a_range_say_no_more_than_they_can() -> None:
+    """Two of nearly the same value make no third one an alarm."""
+    for n in range(1, 9):
+        usual = Usual()
+        for value in [0.001 * place for place in range(n - 1)]:
+            usual.surprise(value)
+        assert usual.surprise(5.0) == pytest.approx(math.sqrt(n - 1), rel=1e-3)
+
+
+def test_visits_that_tell_nothing_do_not_draw_a_score_down(tmp_path: Path) -> None:
+    rows = []
+    for early in ([10, 110, 210, 310], []):
+        ledger = Ledger()
+        chance = random.Random(4)
+        ledger.add(
+            ["other"] * 40, torch.tensor([math.exp(chance.gauss(0, 0.1)) for _ in range(40)]), torch.full((40,), 900)
+        )
+        ledger.add(["a"] * len(early), torch.ones(len(early)), torch.tensor(early, dtype=torch.int64))
+        ledger.add(["a"], torch.tensor([1.5]), torch.tensor([900]))
+        ledger.write(tmp_path, {})
+        rows.append(next(csv.DictReader((tmp_path / BY_IMAGE).open(encoding="utf-8"))))
+    assert [(row["image"], row["visits"]) for row in rows] == [("a", "5"), ("a", "1")]
+    assert rows[0]["score"] == rows[1]["score"]
+    assert float(rows[0]["score"]) > 0.7
 
 
 def test_tables(tmp_path: Path) -> None:
@@ -116,6 +149,19 @@ def test_the_state_goes_on_as_if_nothing_had_been() -> None:
     for ledger in (whole, second):
         fill(ledger, HARD, epochs=3)
     assert whole.state() == second.state()
+
+
+def test_a_state_of_three_values_an_account_goes_on() -> None:
+    """As runs saved it that did not know yet what a visit could tell."""
+    ledger = Ledger()
+    fill(ledger, HARD, epochs=8)
+    state = json.loads(json.dumps(ledger.state()))
+    state["accounts"] = {id: values[:3] for id, values in state["accounts"].items()}
+    old = Ledger()
+    old.load_state(state)
+    assert {account.telling for account in old.accounts.values()} == {8}
+    assert {id for id, _ in old.hardest()[:10]} >= set(HARD)
+    assert old.state()["usual"] == state["usual"]
 
 
 def test_captions_are_no_formulas(tmp_path: Path) -> None:
