@@ -143,12 +143,14 @@ class Batches:
 
     def _start(self, waiting: list[Request]) -> None:
         self._queue.requests = waiting
-        if self._loader is None:
-            self._loader = self._new_loader()
+        is_new, others = self._loader is None, multiprocessing.active_children()
+        self._loader = self._loader or self._new_loader()
         handler = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
         with workers_start(self._start_method), _deaths_interrupt(self._workers):
             self._iterator = iter(self._loader)
-        self._workers = multiprocessing.active_children() if self._options.num_workers else []
+        if is_new:
+            # Earlier ones that were killed may still be on their way out.
+            self._workers = [child for child in multiprocessing.active_children() if child not in others]
         if handler is not None and threading.current_thread() is threading.main_thread():
             # torch's handler raises in the middle of whatever runs when a worker dies, an optimizer's step perhaps.
             signal.signal(signal.SIGCHLD, handler)
@@ -212,16 +214,19 @@ def _deaths_interrupt(workers: Sequence[BaseProcess]) -> Iterator[None]:
         yield
         return
     inside = True
+    before = signal.getsignal(signal.SIGCHLD)
 
-    def look(*_: object) -> None:
+    def look(*arguments: Any) -> None:
         nonlocal inside
+        if arguments and callable(before):
+            before(*arguments)
         dead = [str(worker.pid) for worker in workers if not worker.is_alive()]
         if inside and dead:
             # Once only: this may come in the way of `finally`, too.
             inside = False
             raise RuntimeError(f"worker {', '.join(dead)} has died")
 
-    before = signal.signal(signal.SIGCHLD, look)
+    signal.signal(signal.SIGCHLD, look)
     try:
         look()
         yield

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from multiprocessing.queues import Queue
 from pathlib import Path
 from typing import Any
@@ -85,13 +86,15 @@ def _pinned_batches(source: BatchSource, *, pin_memory: bool) -> Batches:
 
 
 def rebuild_from_the_dead(*args: Any) -> Any:
-    """Kill the workers when a tensor of the second batch is about to be fetched from one of them."""
+    """Stop one worker and kill the other when a tensor of the second batch is about to be fetched."""
     fetched.append(os.getpid())
     if len(fetched) == 7:
-        for child in multiprocessing.active_children():
-            child.kill()
-            assert child.pid is not None
-            os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+        stopped, killed = (child.pid for child in multiprocessing.active_children())
+        assert stopped is not None
+        assert killed is not None
+        os.kill(stopped, signal.SIGSTOP)
+        os.kill(killed, signal.SIGKILL)
+        os.waitid(os.P_PID, killed, os.WEXITED | os.WNOWAIT)
     return rebuild(*args)
 
 
@@ -111,6 +114,22 @@ def test_a_worker_that_dies_before_its_batch_is_fetched(
     assert set(fetched) == {os.getpid()}
     assert not multiprocessing.active_children()
     assert "workers are started anew" in capsys.readouterr().out
+    assert same_tree(final_state(tmp_path), calm)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="tensors travel in another way")
+def test_workers_that_are_long_in_dying_are_not_taken_for_new_ones(
+    world: World, calm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def kill_later(process: BaseProcess) -> None:
+        threading.Timer(0.1, kill, [process]).start()
+
+    kill = BaseProcess.kill
+    fetched.clear()
+    monkeypatch.setattr(torch.multiprocessing.reductions, "rebuild_storage_fd", rebuild_from_the_dead)
+    monkeypatch.setattr(BaseProcess, "kill", kill_later)
+    assert run_job(world, tmp_path, **OPTIONS) == 0
+    assert capsys.readouterr().out.count("workers are started anew") == 1
     assert same_tree(final_state(tmp_path), calm)
 
 
