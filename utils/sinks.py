@@ -25,6 +25,7 @@ PICTURE_SIDE = 1536
 PICTURE_BYTES = 200 * 2**10
 PICTURE_BUDGET = 256 * 2**20
 SHOWN_OPTIONS = 5
+_EVENTS = "events.out.tfevents"
 
 
 class Sink(Protocol):
@@ -52,20 +53,26 @@ class Sink(Protocol):
         """Nothing comes any more."""
 
 
+def _second(path: Path) -> int:
+    """The second in the name of an event file."""
+    digits = path.name.split(".")[3]
+    return int(digits) if len(digits) == 10 and digits.isdecimal() else 0
+
+
 class EventSink:
     """Event files that TensorBoard reads: written at once and whole, without a thread that could die on its own."""
-
-    _numbers = itertools.count()
 
     def __init__(self, folder: Path, resume_update: int | None = None) -> None:
         """A new file in `folder`; when a run goes on from `resume_update`, points after it are hidden."""
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
         folder.mkdir(parents=True, exist_ok=True)
-        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{next(self._numbers)}"
+        earlier = list(folder.glob(f"{_EVENTS}.*"))
         # The budget is the run's, not that of one start or of one file.
-        self._picture_bytes = sum(path.stat().st_size for path in folder.glob("events.out.tfevents.*"))
-        self.path = folder / name
+        self._picture_bytes = sum(path.stat().st_size for path in earlier)
+        # TensorBoard reads by name, and this is to be read last, whatever the clock did since the file before.
+        second = max([int(time.time()), *(1 + _second(path) for path in earlier)])
+        self.path = folder / f"{_EVENTS}.{second:010d}.{socket.gethostname()}.{os.getpid()}.0"
         self._told = False
         self._append(Event(wall_time=time.time(), file_version="brain.Event:2"))
         if resume_update is not None:

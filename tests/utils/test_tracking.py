@@ -133,13 +133,19 @@ def test_charts_show_each_set_and_nothing_that_does_not_come() -> None:
     assert set(charts(norms=False)["rates"]) == {"learning rate"}
 
 
-def test_a_resumed_run_drops_what_came_after_its_checkpoint(tmp_path: Path) -> None:
+@pytest.mark.parametrize("clock", [0.0, -3600.0])
+def test_a_resumed_run_drops_what_came_after_its_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock: float
+) -> None:
+    """Whatever the machine's clock did in between."""
     tracker = Tracker(tmp_path)
     for update in (10, 20, 30):
         tracker.scalars(update, {"loss/log_step": update})
     tracker.close()
     with (tmp_path / METRICS).open("a") as file:
         file.write('{"update": 15, "torn')
+    now = time.time
+    monkeypatch.setattr(time, "time", lambda: now() + clock)
     again = Tracker(tmp_path, resume_update=20)
     again.scalars(30, {"loss/log_step": -1.0})
     assert [row["update"] for row in rows(tmp_path)] == [10, 20, 30]
