@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import time
 from functools import partial
 from pathlib import Path
@@ -44,7 +43,7 @@ class Deadly(BatchSource):
 
     def pixels(self, visit: Visit) -> torch.Tensor:
         if visit.item.path == str(culprit(Path(self.options.data_root))) and visit.item.id not in self.dangerous:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os._exit(9)
         return super().pixels(visit)
 
 
@@ -74,7 +73,7 @@ def test_a_picture_that_takes_its_reader_along_is_replaced_as_a_broken_one_is(
     told = [line for line in shown.splitlines() if "another picture of its size is trained in its place" in line]
     assert len(told) == 2, "once an epoch"
     assert all(culprit(pictures).name in line for line in told)
-    assert all(("exit code -9" if source is Deadly else "more than 2 seconds") in line for line in told)
+    assert all(("exit code 9" if source is Deadly else "more than 2 seconds") in line for line in told)
     monkeypatch.undo()
     culprit(pictures).write_bytes(culprit(pictures).read_bytes()[:5000])
     assert run_job(world, tmp_path / "broken", data_root=pictures, **OPTIONS) == 0
@@ -86,7 +85,7 @@ class Doomed(BatchSource):
 
     def pixels(self, visit: Visit) -> torch.Tensor:
         if (Path(self.options.data_root) / ".doom").exists():
-            os.kill(os.getpid(), signal.SIGKILL)
+            os._exit(9)
         return super().pixels(visit)
 
 
