@@ -43,6 +43,13 @@ def put(tensor: Tensor, value: float, *, whole: bool = False) -> Tensor:
     return changed
 
 
+def replaced(module: Any, name: str, function: Callable[..., Any]) -> Undo:
+    """Put `function` in the place of one of `module` until what is returned is called."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(module, name, function)
+    return patch.undo
+
+
 def losses_of(value: float, *, whole: bool) -> Callable[[Session], Undo]:
     """Losses that are not finite, in the last micro-batch only."""
 
@@ -54,8 +61,7 @@ def losses_of(value: float, *, whole: bool) -> Callable[[Session], Undo]:
             losses = original(*arguments)
             return losses + put(torch.zeros_like(losses), value, whole=whole) if calls[0] == 2 else losses
 
-        setattr(training.step, "diffusion_step", poisoned)  # noqa: B010
-        return lambda: setattr(training.step, "diffusion_step", original)
+        return replaced(training.step, "diffusion_step", poisoned)
 
     return begin
 
@@ -67,11 +73,11 @@ def draw_of(name: str, value: float) -> Callable[[Session], Undo]:
         original = training.loop.forward_backward
 
         def poisoned(session: Session, batch: Any, images: int, *, last: bool) -> Any:
-            setattr(batch.draws, name, put(getattr(batch.draws, name), value)) if last else None
+            if last:
+                setattr(batch.draws, name, put(getattr(batch.draws, name), value))
             return original(session, batch, images, last=last)
 
-        training.loop.forward_backward = poisoned
-        return lambda: setattr(training.loop, "forward_backward", original)
+        return replaced(training.loop, "forward_backward", poisoned)
 
     return begin
 
