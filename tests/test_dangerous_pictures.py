@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -15,10 +16,12 @@ import torch
 import data.workers
 import training.parts
 from data.batches import Batch, BatchSource, Lost, Request
+from data.culprits import find_culprits
 from data.item import Visit
 from data.workers import Batches
 from tests.jobs import World, final_state, make_world, run_folder, run_job, watch
 from training.session import Session
+from utils.stopping import StopSignal
 from utils.tree import same_tree
 
 OPTIONS: dict[str, Any] = {"sample_prompts": "none", "max_epochs": 2, "num_workers": 2}
@@ -78,6 +81,29 @@ def test_a_picture_that_takes_its_reader_along_is_replaced_as_a_broken_one_is(
     culprit(pictures).write_bytes(culprit(pictures).read_bytes()[:5000])
     assert run_job(world, tmp_path / "broken", data_root=pictures, **OPTIONS) == 0
     assert same_tree(final_state(tmp_path / "logs"), final_state(tmp_path / "broken"))
+
+
+def test_a_stop_does_not_wait_for_the_search(
+    world: World,
+    pictures: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A picture may take a minute there; and what was only stopped is not to blame."""
+    found: list[dict[str, str]] = []
+
+    def search(*arguments: Any, stop: StopSignal, seconds: float, **keywords: Any) -> dict[str, str]:
+        threading.Timer(1.0, stop.request).start()
+        found.append(find_culprits(*arguments, stop=stop, seconds=3600.0, **keywords))
+        return found[0]
+
+    monkeypatch.setattr(training.parts, "BatchSource", Endless)
+    monkeypatch.setattr(training.parts, "Batches", partial(Batches, patience_seconds=1.0))
+    monkeypatch.setattr(data.workers, "LOOK_SECONDS", 0.2)
+    monkeypatch.setattr(data.workers, "STOP_PATIENCE_SECONDS", 0.4)
+    monkeypatch.setattr(data.workers, "find_culprits", search)
+    assert run_job(world, tmp_path / "logs", data_root=pictures, **OPTIONS) == 130
+    assert found == [{}]
 
 
 class Doomed(BatchSource):
