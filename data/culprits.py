@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -12,7 +13,7 @@ from data.batches import BatchSource
 from data.headers import PictureError
 from data.item import Visit
 from data.substitutes import substitutes
-from utils.stopping import StopSignal, ignore_in_worker, workers_start
+from utils.stopping import StopSignal, begin_worker, workers_start
 
 SECONDS = 60.0
 _GLANCE_SECONDS = 0.1
@@ -70,7 +71,7 @@ def _read_apart(
     """Where a process that reads `visits` from `first` on came to its end, and why it was before theirs."""
     context: Any = multiprocessing.get_context(start)
     place = context.Value("q", first, lock=False)
-    process = context.Process(target=_read, args=(source, visits, place), daemon=True)
+    process = context.Process(target=_read, args=(os.getpid(), source, visits, place), daemon=True)
     with workers_start(start):
         process.start()
     seen, since = first, time.monotonic()
@@ -87,8 +88,8 @@ def _read_apart(
     return place.value, f"reading it ends the process that does (exit code {process.exitcode})"
 
 
-def _read(source: BatchSource, visits: Sequence[Visit], place: Any) -> None:
-    ignore_in_worker()
+def _read(parent: int, source: BatchSource, visits: Sequence[Visit], place: Any) -> None:
+    begin_worker(parent)
     while place.value < len(visits):
         # That is what a worker can tell by itself.
         with suppress(PictureError):

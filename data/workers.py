@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from multiprocessing import ProcessError
 from multiprocessing.process import BaseProcess
 from pickle import UnpicklingError
@@ -20,7 +22,7 @@ from data.item import Update
 from utils.errors import TryLaterError, UserError, printable
 from utils.logs import LOGGER
 from utils.seeding import tensor_stream
-from utils.stopping import StopSignal, ignore_in_worker, workers_start
+from utils.stopping import StopSignal, begin_worker, workers_start
 
 # A batch that takes longer is not coming: a disk that is gone, a decoder in a loop.
 PATIENCE_SECONDS = 600.0
@@ -81,7 +83,7 @@ class Batches:
             sampler=self._queue,
             num_workers=workers,
             persistent_workers=workers > 0,
-            worker_init_fn=ignore_in_worker if workers else None,
+            worker_init_fn=partial(begin_worker, os.getpid()) if workers else None,
             multiprocessing_context=self._start_method if workers else None,
             pin_memory=self._pin_memory,
             prefetch_factor=PREFETCH if workers else None,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -17,6 +19,8 @@ from utils.errors import EXIT_INTERRUPTED, EXIT_TERMINATED
 
 Reason = Literal["interrupted", "terminated"]
 
+# From linux/prctl.h: the signal that this process gets when its parent ends.
+_PR_SET_PDEATHSIG = 1
 _HANG_UP = tuple(getattr(signal, name) for name in ("SIGHUP",) if hasattr(signal, name))  # not on Windows
 _TERMINATING = (signal.SIGTERM, *_HANG_UP)
 
@@ -118,8 +122,8 @@ def _stop_signals() -> list[signal.Signals]:
     return numbers
 
 
-def ignore_in_worker(_worker_id: int = 0) -> None:
-    """Make this worker process deaf to what stops a run, which is the main process's to answer (`worker_init_fn`).
+def begin_worker(parent: int, _worker_id: int = 0) -> None:
+    """Make this worker process deaf to what stops a run, and end it with its `parent`, the main process.
 
     A terminal and a scheduler signal the whole group; workers that die first would take the update in hand with them.
     """
@@ -127,13 +131,19 @@ def ignore_in_worker(_worker_id: int = 0) -> None:
         signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _stop_signals())
+    if sys.platform == "linux":
+        # A loader's own watch sees when the parent changes, between two batches: it does not end a worker that hangs,
+        # nor one whose parent was killed before the watch began.
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+    if os.name == "posix" and os.getppid() != parent:
+        os._exit(EXIT_TERMINATED)
 
 
 @contextmanager
 def workers_start(method: str | None = None) -> Iterator[None]:
     """Start worker processes inside this block: they are deaf from birth, and no signal to this process is lost.
 
-    Blocked signals are inherited, so a signal that comes before a worker reaches `ignore_in_worker` waits there.
+    Blocked signals are inherited, so a signal that comes before a worker reaches `begin_worker` waits there.
     `method` is how they are started ("fork", "spawn"); `None` is the way of this platform.
     """
     if not hasattr(signal, "pthread_sigmask"):

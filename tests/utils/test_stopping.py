@@ -19,18 +19,19 @@ pytestmark = pytest.mark.skipif(os.name == "nt", reason="sends POSIX signals")
 ROOT = Path(__file__).parent.parent.parent
 JOB = """
 import multiprocessing, os, sys, time
-from utils.stopping import StopSignal, ignore_in_worker, workers_start
+from utils.stopping import StopSignal, begin_worker, workers_start
 
-def work(slow_start):
+def work(slow_start, parent):
     time.sleep(slow_start)
-    ignore_in_worker()
+    begin_worker(parent)
     time.sleep(60)
 
 if __name__ == "__main__":
     context = multiprocessing.get_context(sys.argv[1])
     with StopSignal() as stop:
         with workers_start(sys.argv[1]):
-            workers = [context.Process(target=work, args=(float(sys.argv[2]),), daemon=True) for _ in range(2)]
+            given = float(sys.argv[2]), os.getpid()
+            workers = [context.Process(target=work, args=given, daemon=True) for _ in range(2)]
             for worker in workers:
                 worker.start()
         print("ready", *(worker.pid for worker in workers), flush=True)
@@ -139,12 +140,26 @@ def gone(pid: int, seconds: float = 5.0) -> bool:
 @pytest.mark.parametrize("context", ["fork", "spawn"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_to_the_group_finds_workers_deaf_from_birth(script: Path, context: str, number: int) -> None:
-    # The signal comes while the workers have not yet reached ignore_in_worker.
+    # The signal comes while the workers have not yet reached begin_worker.
     job, workers = start(script, context, slow_start=0.2)
     os.killpg(job.pid, number)
     output, _ = job.communicate(timeout=30)
     assert "alive True" in output
     assert job.returncode == (130 if number == signal.SIGINT else 143)
+    assert all(map(gone, workers))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the loader's own watch ends workers between batches")
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+@pytest.mark.parametrize("slow_start", [0.0, 1.0])
+def test_workers_end_with_a_process_that_is_killed(script: Path, context: str, slow_start: float) -> None:
+    """Busy ones, and those that have hardly begun when it is."""
+    job, workers = start(script, context, slow_start=slow_start)
+    # Spawned ones have a program to import.
+    time.sleep(3.0 if context == "spawn" and not slow_start else 0.3)
+    assert not any(gone(pid, seconds=0.01) for pid in workers)
+    job.kill()
+    job.communicate(timeout=30)
     assert all(map(gone, workers))
 
 
