@@ -19,17 +19,12 @@ from data.batches import Batch, BatchSource, Lost, Request
 from data.culprits import find_culprits
 from data.item import Visit
 from data.workers import Batches
-from tests.jobs import World, final_state, make_world, run_folder, run_job, watch
+from tests.jobs import World, final_state, run_folder, run_job, watch
 from training.session import Session
 from utils.stopping import StopSignal
 from utils.tree import same_tree
 
 OPTIONS: dict[str, Any] = {"sample_prompts": "none", "max_epochs": 2, "num_workers": 2}
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return make_world(tmp_path_factory.mktemp("world"), pictures=12)
 
 
 @pytest.fixture
@@ -41,11 +36,15 @@ def culprit(pictures: Path) -> Path:
     return sorted(pictures.glob("*.jpg"))[0]
 
 
+def opens_culprit(source: BatchSource, visit: Visit) -> bool:
+    return visit.item.path == str(culprit(Path(source.options.data_root))) and visit.item.id not in source.dangerous
+
+
 class Deadly(BatchSource):
     """One picture ends the process that reads it, as a decoder with a fault does."""
 
     def pixels(self, visit: Visit) -> torch.Tensor:
-        if visit.item.path == str(culprit(Path(self.options.data_root))) and visit.item.id not in self.dangerous:
+        if opens_culprit(self, visit):
             os._exit(9)
         return super().pixels(visit)
 
@@ -54,7 +53,7 @@ class Endless(BatchSource):
     """One picture is never read to its end."""
 
     def pixels(self, visit: Visit) -> torch.Tensor:
-        if visit.item.path == str(culprit(Path(self.options.data_root))) and visit.item.id not in self.dangerous:
+        if opens_culprit(self, visit):
             time.sleep(3600)
         return super().pixels(visit)
 

@@ -25,18 +25,13 @@ import data.workers
 import training.parts
 from data.batches import Batch, BatchSource, Lost, Request
 from data.workers import Batches
-from tests.jobs import World, final_state, make_world, run_job, watch
+from tests.jobs import World, final_state, run_job, watch
 from training.session import Session
 from utils.tree import same_tree
 
 rebuild: Callable[..., Any] = torch.multiprocessing.reductions.rebuild_storage_fd
 OPTIONS: dict[str, Any] = {"sample_prompts": "none", "max_epochs": 2, "num_workers": 2}
 fetched: list[int] = []
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return make_world(tmp_path_factory.mktemp("world"), pictures=12)
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ import torch
 
 import training.loop
 import training.rehearsal
-from tests.jobs import World, arguments, final_state, make_world, run_folder, run_job, stop_after, watch
+from tests.jobs import World, arguments, final_state, run_folder, run_job, stop_after, watch
 from training.session import Session
 from utils.tree import same_tree
 
@@ -32,11 +32,6 @@ TAGS = {
     "performance/images per second",
     "performance/minutes per epoch",
 }
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return make_world(tmp_path_factory.mktemp("world"), pictures=12)
 
 
 @pytest.fixture(scope="module")
