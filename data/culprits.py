@@ -38,14 +38,15 @@ def find_culprits(
     """
     suspects = list({visit.item.id: visit for visit in visits}.values())
     others = _not_suspected(source, suspects)
+    visits = [*others, *suspects]
     found: dict[str, str] = {}
     place = 0
-    while place < len(others) + len(suspects) and not stop:
-        place, reason = _read_apart(source, [*others, *suspects], place, start, seconds, stop)
+    while place < len(visits) and not stop:
+        place, reason = _read_apart(source, visits, place, start, seconds, stop)
         if reason is not None:
             if place < len(others):
                 return {}
-            found[suspects[place - len(others)].item.id] = reason
+            found[visits[place].item.id] = reason
             place += 1
     return {} if stop else found
 

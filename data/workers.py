@@ -145,8 +145,9 @@ class Batches:
 
     def _start(self, waiting: list[Request]) -> None:
         self._queue.requests = waiting
-        is_new, others = self._loader is None, multiprocessing.active_children()
-        self._loader = self._loader or self._new_loader()
+        others = multiprocessing.active_children()
+        is_new = self._loader is None
+        self._loader = self._new_loader() if self._loader is None else self._loader
         handler = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
         with workers_start(self._start_method), _deaths_interrupt(self._workers):
             self._iterator = iter(self._loader)
